@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: env demo test soak lint types bench docs clean
+
+env: $(READY)
+
+# torch comes first and pinned: resolving a range would fetch the newest build with all its CUDA parts.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples,bench,test]"
+	touch $(READY)
+
+demo: env
+	$(BIN)/python examples/multi_node.py
+
+test: env
+	$(BIN)/python -m pytest -q -m "not soak"
+
+soak: env
+	$(BIN)/python -m pytest -q -m soak --timeout 3600
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy --strict zmq_autograd tests
+
+bench: env
+	$(BIN)/python benchmarks/round_trip.py
+
+docs: env
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/sphinx-build -q -W docs docs/_build
+
+clean:
+	rm -rf $(VENV) docs/_build output

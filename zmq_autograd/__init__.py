@@ -1,0 +1,1 @@
+"""Distributed autograd for PyTorch over ZeroMQ."""

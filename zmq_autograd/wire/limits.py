@@ -1,0 +1,56 @@
+"""Limits on what one message may hold, named and checked before anything is allocated.
+
+The same numbers bound the transport (frames, bytes), ``decode`` (header, dimensions, elements) and
+what a session lets run at once.  The two ends of a session agree on the smaller of each in their
+handshake.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+MAX_DIMENSIONS: Final = 64
+"""Dimensions of one tensor: numpy's limit and torch's own for most kernels."""
+
+MAX_ELEMENTS: Final = 2**48
+"""Elements of one tensor, and the largest single dimension even where another one is 0."""
+
+MAX_NESTING: Final = 64
+"""Levels of lists, tuples and dicts inside one argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one side of a session is ready to take in.
+
+    Attributes:
+        header_bytes: length of frame 0.
+        frames: raw frames after the header.
+        frame_bytes: length of one raw frame; ZeroMQ closes a connection that announces a longer one.
+        message_bytes: length of all frames of one message together.
+        requests: requests of one peer that may be under way at once.
+    """
+
+    header_bytes: int = MIB
+    frames: int = 4096
+    frame_bytes: int = GIB
+    message_bytes: int = 2 * GIB
+    requests: int = 1024
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"limit {field.name}: expected a positive int, got {value!r}")
+
+    def smaller(self, other: Limits) -> Limits:
+        """Return the limits that both sides accept."""
+        return Limits(*(min(getattr(self, f.name), getattr(other, f.name)) for f in fields(Limits)))
+
+
+DEFAULT_LIMITS: Final = Limits()
