@@ -31,7 +31,7 @@ class Limits:
     Attributes:
         header_bytes: length of frame 0.
         frames: raw frames after the header.
-        frame_bytes: length of one raw frame; ZeroMQ closes a connection that announces a longer one.
+        frame_bytes: length of one raw frame; ZeroMQ closes a connection that announces more.
         message_bytes: length of all frames of one message together.
         requests: requests of one peer that may be under way at once.
     """
@@ -54,3 +54,9 @@ class Limits:
 
 
 DEFAULT_LIMITS: Final = Limits()
+
+
+def short(value: object) -> str:
+    """Show a value that a peer sent, in bounded space."""
+    text = ascii(value) if isinstance(value, (str, int, float, bytes)) else type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."

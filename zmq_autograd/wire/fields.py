@@ -1,0 +1,247 @@
+"""The kinds of fields that headers are made of: each packs a value and checks what arrives.
+
+Knows nothing of which message has which field; that is the table in `codec`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any, Final
+
+from torch import Tensor
+
+from zmq_autograd.errors import ProtocolError, SerializationError
+from zmq_autograd.ids import MAX_ID
+from zmq_autograd.wire.limits import Limits, short
+from zmq_autograd.wire.messages import AutogradMetadata, Modes
+from zmq_autograd.wire.tensors import TensorReader, TensorWriter
+from zmq_autograd.wire.values import pack_value, unpack_value
+
+Header = dict[str, Any]
+
+_ABSENT: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One kind of field.
+
+    Attributes:
+        pack: writes a value into the header under a name; raises SerializationError.
+        unpack: takes it out of the header again; raises ProtocolError.
+    """
+
+    pack: Callable[[Header, str, Any, TensorWriter], None]
+    unpack: Callable[[Header, str, TensorReader], Any]
+
+
+def _plain(expected: str, is_right: Callable[[Any], bool]) -> Field:
+    """Make a field that stands in the header as it is; `is_right` tells a good value."""
+
+    def pack(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+        if not is_right(value):
+            raise SerializationError(f"field {name!r}: expected {expected}, got {short(value)}")
+        header[name] = value
+
+    def unpack(header: Header, name: str, tensors: TensorReader) -> Any:
+        value = header.pop(name, _ABSENT)
+        if value is _ABSENT or not is_right(value):
+            got = "nothing" if value is _ABSENT else short(value)
+            raise ProtocolError(f"field {name!r}: expected {expected}, got {got}")
+        return value
+
+    return Field(pack, unpack)
+
+
+def _converted(field: Field, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> Field:
+    """Make a field that stands in the header as `field` does, after a conversion."""
+    return Field(
+        lambda header, name, value, tensors: field.pack(header, name, pack(value), tensors),
+        lambda header, name, tensors: unpack(field.unpack(header, name, tensors)),
+    )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_ID
+
+
+def _is_strings(value: Any) -> bool:
+    return type(value) is list and all(type(item) is str for item in value)
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+ID: Final = _plain("an unsigned 64-bit int", _is_id)
+BOOL: Final = _plain("a bool", lambda value: type(value) is bool)
+STRING: Final = _plain("a string", lambda value: type(value) is str)
+OPTIONAL_STRING: Final = _plain(
+    "a string or nil", lambda value: value is None or type(value) is str
+)
+STRINGS: Final = _converted(_plain("a list of strings", _is_strings), list, tuple)
+IDS: Final = _converted(
+    _plain("a list of ids", lambda value: type(value) is list and all(map(_is_id, value))),
+    list,
+    tuple,
+)
+_SECONDS: Final = _plain("seconds above 0", _is_seconds)
+_VERSION: Final = _plain("a version", lambda value: type(value) is int and 0 < value < 2**16)
+
+
+# --- autograd metadata: two ids at the header's top level ----------------------------------------
+
+
+def _pack_metadata(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    if not isinstance(value, AutogradMetadata):
+        raise SerializationError(f"field {name!r}: expected AutogradMetadata, got {short(value)}")
+    ID.pack(header, "context_id", value.context_id, tensors)
+    ID.pack(header, "message_id", value.message_id, tensors)
+
+
+def _unpack_metadata(header: Header, name: str, tensors: TensorReader) -> AutogradMetadata:
+    context_id = ID.unpack(header, "context_id", tensors)
+    return AutogradMetadata(context_id, ID.unpack(header, "message_id", tensors))
+
+
+def _pack_optional_metadata(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    _pack_metadata(header, name, AutogradMetadata(0, 0) if value is None else value, tensors)
+
+
+def _unpack_optional_metadata(
+    header: Header, name: str, tensors: TensorReader
+) -> AutogradMetadata | None:
+    metadata = _unpack_metadata(header, name, tensors)
+    return metadata if metadata.context_id else None
+
+
+METADATA: Final = Field(_pack_metadata, _unpack_metadata)
+OPTIONAL_METADATA: Final = Field(_pack_optional_metadata, _unpack_optional_metadata)
+
+
+# --- gradients: an index for each that is defined, nil for each that is not ----------------------
+
+
+def _pack_gradients(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise SerializationError(f"field {name!r}: expected a list, got {short(value)}")
+    header[name] = [_pack_gradient(name, grad, tensors) for grad in value]
+
+
+def _pack_gradient(name: str, grad: Any, tensors: TensorWriter) -> int | None:
+    if grad is None:
+        return None
+    if not isinstance(grad, Tensor):
+        raise SerializationError(f"field {name!r}: expected tensors or None, got {short(grad)}")
+    # Never one frame for two gradients: each becomes a tensor that its receiver may write to.
+    return tensors.add(grad.detach())
+
+
+def _unpack_gradients(header: Header, name: str, tensors: TensorReader) -> list[Tensor | None]:
+    packed = header.pop(name, None)
+    if type(packed) is not list:
+        raise ProtocolError(f"field {name!r}: expected a list, got {short(packed)}")
+    indices = [index for index in packed if index is not None]
+    if indices != list(range(len(indices))):
+        raise ProtocolError(f"field {name!r}: expected the tensors in order, each once")
+    return [None if index is None else tensors.take(index) for index in packed]
+
+
+GRADIENTS: Final = Field(_pack_gradients, _unpack_gradients)
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _pack_value(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    header[name] = pack_value(value, tensors)
+
+
+def _unpack_value(header: Header, name: str, tensors: TensorReader) -> Any:
+    if name not in header:
+        raise ProtocolError(f"field {name!r}: expected a value, got nothing")
+    return unpack_value(header.pop(name), tensors)
+
+
+def _pack_args(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    header[name] = [pack_value(item, tensors) for item in value]
+
+
+def _unpack_args(header: Header, name: str, tensors: TensorReader) -> tuple[Any, ...]:
+    packed = header.pop(name, None)
+    if type(packed) is not list:
+        raise ProtocolError(f"field {name!r}: expected a list, got {short(packed)}")
+    return tuple(unpack_value(item, tensors) for item in packed)
+
+
+def _pack_kwargs(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    if not all(type(key) is str for key in value):
+        raise SerializationError(f"field {name!r}: expected names as keys")
+    header[name] = {key: pack_value(item, tensors) for key, item in value.items()}
+
+
+def _unpack_kwargs(header: Header, name: str, tensors: TensorReader) -> dict[str, Any]:
+    packed = header.pop(name, None)
+    if type(packed) is not dict:
+        raise ProtocolError(f"field {name!r}: expected a map, got {short(packed)}")
+    return {key: unpack_value(item, tensors) for key, item in packed.items()}
+
+
+VALUE: Final = Field(_pack_value, _unpack_value)
+ARGS: Final = Field(_pack_args, _unpack_args)
+KWARGS: Final = Field(_pack_kwargs, _unpack_kwargs)
+
+
+# --- modes and limits ----------------------------------------------------------------------------
+
+
+def _is_modes(value: Any) -> bool:
+    return (
+        type(value) is list
+        and len(value) == 3
+        and type(value[0]) is bool
+        and type(value[1]) is bool
+        and type(value[2]) is list
+        and all(_is_strings(pair) and len(pair) == 2 for pair in value[2])
+    )
+
+
+MODES: Final = _converted(
+    _plain("[grad_enabled, inference_mode, [[device type, dtype], ...]]", _is_modes),
+    lambda modes: [modes.grad_enabled, modes.inference_mode, [list(p) for p in modes.autocast]],
+    lambda packed: Modes(packed[0], packed[1], tuple((p[0], p[1]) for p in packed[2])),
+)
+
+_LIMIT_NAMES: Final = {field.name for field in dataclass_fields(Limits)}
+
+
+def _is_limits(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and value.keys() == _LIMIT_NAMES
+        and all(_is_id(limit) and limit for limit in value.values())
+    )
+
+
+_LIMITS: Final = _converted(
+    _plain(f"a map of {', '.join(sorted(_LIMIT_NAMES))}", _is_limits),
+    asdict,
+    lambda packed: Limits(**packed),
+)
+
+HANDSHAKE: Final = {
+    "version": _VERSION,
+    "name": STRING,
+    "incarnation": _plain(
+        "32 hexadecimal digits",
+        lambda value: (
+            type(value) is str and len(value) == 32 and not value.strip("0123456789abcdef")
+        ),
+    ),
+    "limits": _LIMITS,
+    "features": STRINGS,
+    "heartbeat": _SECONDS,
+}

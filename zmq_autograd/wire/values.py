@@ -1,0 +1,139 @@
+"""Arguments and results to plain msgpack and back.
+
+Owns which values can travel: None, bool, int, float, complex, str, bytes, Tensor, and lists,
+tuples and dicts of them.  What msgpack has stands for itself; everything else is a map with exactly
+one key, its tag, so that a map is never data::
+
+    (1, 2)          {"tuple": [1, 2]}
+    {"a": 1}        {"dict": [["a", 1]]}
+    1j              {"complex": [0.0, 1.0]}
+    2**70           {"int": <9 bytes, big-endian, two's complement>}
+    a tensor        {"tensor": 0}               the index of its frame
+
+No msgpack extension types, no names of classes: what arrives can only become these values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import Tensor
+
+from zmq_autograd.errors import ProtocolError, SerializationError
+from zmq_autograd.wire.limits import MAX_NESTING
+from zmq_autograd.wire.tensors import TensorReader, TensorWriter
+
+_MIN_INT: Final = -(2**63)
+_MAX_INT: Final = 2**64 - 1
+_KEY_TYPES: Final = (str, int, float, bytes, type(None))
+
+
+def pack_value(value: Any, tensors: TensorWriter, depth: int = 0) -> Any:
+    """Return `value` as msgpack can hold it; its tensors go to `tensors`.
+
+    Raises:
+        SerializationError: something inside cannot travel; it says what and what to do.
+    """
+    if value is None or isinstance(value, (bool, str, bytes)):
+        return value
+    if isinstance(value, Tensor):
+        return {"tensor": tensors.add_once(value)}
+    if isinstance(value, (int, float, complex)):
+        return _pack_number(value)
+    if depth == MAX_NESTING:
+        raise SerializationError(f"a value nested deeper than {MAX_NESTING} levels cannot travel")
+    if isinstance(value, list):
+        return [pack_value(item, tensors, depth + 1) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [pack_value(item, tensors, depth + 1) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [_pack_item(k, v, tensors, depth + 1) for k, v in value.items()]}
+    raise SerializationError(
+        f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot travel: send "
+        "tensors, numbers, str, bytes, None, or lists, tuples and dicts of them"
+    )
+
+
+def unpack_value(packed: object, tensors: TensorReader, depth: int = 0) -> Any:
+    """Return the value that `pack_value` packed.
+
+    Raises:
+        ProtocolError: `packed` is nothing that `pack_value` makes.
+    """
+    if packed is None or type(packed) in (bool, int, float, str, bytes):
+        return packed
+    if depth > MAX_NESTING:
+        raise ProtocolError(f"value nested deeper than {MAX_NESTING} levels")
+    if type(packed) is list:
+        return [unpack_value(item, tensors, depth + 1) for item in packed]
+    if type(packed) is not dict or len(packed) != 1:
+        raise ProtocolError(f"value: expected a map of one tag, got {type(packed).__name__}")
+    ((tag, body),) = packed.items()
+    unpack = _TAGS.get(tag)
+    if unpack is None:
+        raise ProtocolError(f"value: unknown tag {tag[:40]!r}")
+    return unpack(body, tensors, depth)
+
+
+def _pack_item(key: Any, value: Any, tensors: TensorWriter, depth: int) -> list[Any]:
+    if not isinstance(key, _KEY_TYPES):
+        raise SerializationError(
+            f"a dict key of type {type(key).__name__} cannot travel: use str, numbers, bytes, None"
+        )
+    return [pack_value(key, tensors, depth), pack_value(value, tensors, depth)]
+
+
+def _pack_number(value: complex) -> Any:
+    if isinstance(value, int):
+        if _MIN_INT <= value <= _MAX_INT:
+            return int(value)
+        return {"int": value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True)}
+    if isinstance(value, float):
+        return float(value)
+    return {"complex": [value.real, value.imag]}
+
+
+def _unpack_tensor(body: object, tensors: TensorReader, depth: int) -> Tensor:
+    return tensors.take(body)
+
+
+def _unpack_tuple(body: object, tensors: TensorReader, depth: int) -> tuple[Any, ...]:
+    if type(body) is not list:
+        raise ProtocolError(f"value: expected a list in a tuple, got {type(body).__name__}")
+    return tuple(unpack_value(item, tensors, depth + 1) for item in body)
+
+
+def _unpack_dict(body: object, tensors: TensorReader, depth: int) -> dict[Any, Any]:
+    if type(body) is not list or not all(type(pair) is list and len(pair) == 2 for pair in body):
+        raise ProtocolError("value: expected a list of [key, value] in a dict")
+    unpacked: dict[Any, Any] = {}
+    for packed_key, packed_value in body:
+        key = unpack_value(packed_key, tensors, depth + 1)
+        if not isinstance(key, _KEY_TYPES):
+            raise ProtocolError(f"value: a dict key cannot be a {type(key).__name__}")
+        unpacked[key] = unpack_value(packed_value, tensors, depth + 1)
+    if len(unpacked) != len(body):
+        raise ProtocolError("value: a dict has the same key twice")
+    return unpacked
+
+
+def _unpack_complex(body: object, tensors: TensorReader, depth: int) -> complex:
+    if type(body) is not list or len(body) != 2 or any(type(part) is not float for part in body):
+        raise ProtocolError("value: expected two floats in a complex")
+    return complex(*body)
+
+
+def _unpack_int(body: object, tensors: TensorReader, depth: int) -> int:
+    if type(body) is not bytes or len(body) < 9:
+        raise ProtocolError("value: expected at least 9 bytes in an int")
+    return int.from_bytes(body, "big", signed=True)
+
+
+_TAGS: Final[dict[str, Callable[[object, TensorReader, int], Any]]] = {
+    "tensor": _unpack_tensor,
+    "tuple": _unpack_tuple,
+    "dict": _unpack_dict,
+    "complex": _unpack_complex,
+    "int": _unpack_int,
+}
