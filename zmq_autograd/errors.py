@@ -52,6 +52,10 @@ class ZmqAutogradError(Exception):
         self.worker = worker
         self.path = tuple(path)
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text} (by way of {' -> '.join(self.path)})" if self.path else text
+
 
 class ConfigurationError(ZmqAutogradError, ValueError):
     """A setting that cannot work or is unsafe: said before anything is started."""
@@ -66,6 +70,7 @@ class ProtocolError(ZmqAutogradError):
 
     Attributes:
         request_id: the request in which it happened, 0 if that could not be read.
+        is_reply: it happened in the reply to that request.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class ProtocolError(ZmqAutogradError):
     ) -> None:
         super().__init__(message, worker=worker, path=path)
         self.request_id = request_id
+        self.is_reply = False
 
 
 class RemoteError(ZmqAutogradError):

@@ -191,18 +191,20 @@ def open_envelope(
 
     Raises:
         ProtocolError: the frames are no message of this protocol, or pass the limits.  Its
-            `request_id` is set where the header could be read that far.
+            `request_id` and `is_reply` are set where the header could be read that far.
     """
     views = [memoryview(frame).cast("B") for frame in frames]
     check_sizes([view.nbytes for view in views], limits)
     header = _open_header(views[0])
     envelope = NO_ENVELOPE
+    is_reply = False
     try:
         envelope = _take_envelope(header)
         tag = header.pop("type", None)
         cls, schema = _TYPES.get(tag, (None, None)) if type(tag) is int else (None, None)
         if cls is None or schema is None:
             raise ProtocolError(f"unknown message type {short(tag)}")
+        is_reply = issubclass(cls, m.Reply)
         tensors = TensorReader(header.pop("tensors", []), views[1:], limits, adopt=adopt)
         values = [field.unpack(header, name, tensors) for name, field in schema.fields.items()]
         if header:
@@ -210,6 +212,7 @@ def open_envelope(
         tensors.check_all_taken()
     except ProtocolError as error:
         error.request_id = envelope.request_id
+        error.is_reply = is_reply
         raise
     return envelope, cls(**dict(zip(schema.fields, values, strict=True)))
 

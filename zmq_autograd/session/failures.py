@@ -1,0 +1,139 @@
+"""Exceptions to `ErrorResponse` and back: an error keeps its type and facts from worker to worker.
+
+A typed error of this package travels as itself, whatever it crosses, so that a caller learns of a
+lost or slow worker three hops away by its name.  Anything else that a handler raises becomes a
+`RemoteError` with its type's name, its text and its traceback, never the exception object.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Final
+
+from zmq_autograd.errors import (
+    AuthenticationError,
+    ContextError,
+    DeadlineExceeded,
+    NotRegistered,
+    ProtocolError,
+    RemoteError,
+    ResourceExhausted,
+    WorkerLost,
+    ZmqAutogradError,
+)
+from zmq_autograd.wire.messages import ErrorResponse
+
+MAX_TEXT: Final = 4 * 1024
+"""Characters of an error's text that travel."""
+
+MAX_TRACEBACK: Final = 32 * 1024
+"""Characters of a traceback that travel: its end, where the error is."""
+
+_REMOTE: Final = "remote_error"
+
+_CODES: Final[dict[type[ZmqAutogradError], str]] = {
+    NotRegistered: "not_registered",
+    RemoteError: _REMOTE,
+    ProtocolError: "protocol_error",
+    WorkerLost: "worker_lost",
+    DeadlineExceeded: "deadline_exceeded",
+    ContextError: "context_error",
+    AuthenticationError: "authentication_error",
+    ResourceExhausted: "resource_exhausted",
+}
+"""The errors that keep their type on the wire.  The others say something of this side only."""
+
+
+def error_response(
+    error: BaseException, worker: str, *, send_traceback: bool = False
+) -> ErrorResponse:
+    """Return what `worker` tells the sender of a request that ended with `error`.
+
+    Args:
+        error: what the handler raised.
+        worker: the name of this worker, which joins the error's path.
+        send_traceback: tell where in the code it happened, if it happened here.
+    """
+    code = _CODES.get(type(error)) if isinstance(error, ZmqAutogradError) else None
+    if code is None or not isinstance(error, ZmqAutogradError):
+        return ErrorResponse(
+            code=_REMOTE,
+            text=_clean(str(error))[:MAX_TEXT],
+            origin=worker,
+            type_name=type(error).__name__,
+            traceback=_traceback(error) if send_traceback else None,
+            path=(worker,),
+        )
+    path = (worker, *error.path)
+    if isinstance(error, RemoteError):
+        return ErrorResponse(
+            code=code,
+            text=error.message,
+            origin=error.worker or worker,
+            type_name=error.type_name,
+            traceback=error.traceback,
+            path=path,
+        )
+    if isinstance(error, WorkerLost):
+        return ErrorResponse(
+            code, error.reason, error.name, path=path, incarnation=error.incarnation
+        )
+    return ErrorResponse(
+        code=code,
+        text=_clean(str(error.args[0]))[:MAX_TEXT],
+        origin=error.worker or worker,
+        type_name=type(error).__name__,
+        path=path,
+        context_id=error.context_id if isinstance(error, ContextError) else 0,
+        message_ids=error.message_ids if isinstance(error, DeadlineExceeded) else (),
+        workers=error.workers if isinstance(error, DeadlineExceeded) else (),
+        retryable=isinstance(error, ResourceExhausted),
+    )
+
+
+def exception_from(response: ErrorResponse, peer: str) -> ZmqAutogradError:
+    """Return the exception that `response`, sent by the worker named `peer`, stands for."""
+    text, origin, path = response.text, response.origin or peer, tuple(response.path)
+    match response.code:
+        case "worker_lost":
+            return WorkerLost(origin, response.incarnation, text, path=path)
+        case "deadline_exceeded":
+            return DeadlineExceeded(
+                _named(text, origin),
+                workers=response.workers or (origin,),
+                message_ids=response.message_ids,
+                path=path,
+            )
+        case "protocol_error":
+            return ProtocolError(_named(text, origin), worker=origin, path=path)
+        case "context_error":
+            return ContextError(
+                _named(text, origin), worker=origin, context_id=response.context_id, path=path
+            )
+        case "authentication_error":
+            return AuthenticationError(_named(text, origin), worker=origin, path=path)
+        case "resource_exhausted":
+            return ResourceExhausted(_named(text, origin), worker=origin, path=path)
+    kind = NotRegistered if response.code == "not_registered" else RemoteError
+    return kind(
+        text,
+        type_name=response.type_name or response.code,
+        worker=origin,
+        traceback=response.traceback,
+        path=path,
+    )
+
+
+def _named(text: str, worker: str) -> str:
+    """Make sure that `text` names the worker it is about."""
+    return text if worker in text else f"worker {worker!r}: {text}"
+
+
+def _traceback(error: BaseException) -> str:
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    return _clean("".join(lines))[-MAX_TRACEBACK:]
+
+
+def _clean(text: str) -> str:
+    """Replace lone surrogates (file names hold them), which UTF-8 and so the wire cannot hold."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,74 @@
+"""Is the peer still there?  Arithmetic on times; asks nobody and sends nothing.
+
+Two signs of death are told apart.  A *cut* peer: its host no longer acknowledges what this side
+sends, so the machine or the network is gone; noticed quickly, since nothing but death explains it.
+A *frozen* one: its host answers, but the process sends nothing, not even heartbeats; given more
+time, since a process may be busy.  Bytes count as they arrive, not when their message is whole: a
+peer in the middle of sending a gigabyte over a slow line is alive.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+LOST_AFTER_SECONDS: Final = 7.0
+"""Default silence after which a peer counts as frozen."""
+
+CUT_AFTER_HEARTBEATS: Final = 1.5
+"""Heartbeats that the peer's host may leave unacknowledged before the peer counts as cut off."""
+
+CHECKS_PER_HEARTBEAT: Final = 4
+
+
+class Liveness:
+    """What one side knows of the other's signs of life.  All times are on the session's clock."""
+
+    def __init__(self, now: float, *, heartbeat: float, lost_after: float) -> None:
+        """Begin at `now`; `heartbeat` and `lost_after` are in seconds."""
+        self._heartbeat = heartbeat
+        self._lost_after = lost_after
+        self._interval = heartbeat / CHECKS_PER_HEARTBEAT
+        self._checked_at = now
+        self._sent_at = now
+        # The earliest thing sent that the peer's host is not known to have acknowledged.
+        self._unacknowledged_since: float | None = None
+
+    def sent(self, now: float) -> None:
+        """Note that something was sent."""
+        self._sent_at = now
+        if self._unacknowledged_since is None:
+            self._unacknowledged_since = now
+
+    def heartbeat_due(self, now: float) -> bool:
+        """Say whether a heartbeat should go out."""
+        return now - self._sent_at >= self._heartbeat
+
+    def next_check(self) -> float:
+        """Return when `check` is due."""
+        return self._checked_at + self._interval
+
+    def check(self, now: float, received_ago: float, acknowledged_ago: float | None) -> str | None:
+        """Return why the peer counts as lost, None while it does not.
+
+        Args:
+            now: the time.
+            received_ago: seconds since any byte came from the peer.
+            acknowledged_ago: seconds since its host acknowledged anything, None if unknown.
+        """
+        # After a stall of this side, what the peer sent meanwhile may not have been read yet.
+        stalled = now - self._checked_at > self._heartbeat + self._interval
+        self._checked_at = now
+        if acknowledged_ago is not None:
+            self._note_acknowledged(now - acknowledged_ago)
+        if stalled:
+            return None
+        if received_ago > self._lost_after:
+            return f"frozen: no sign of life for {received_ago:.1f} s"
+        waited = 0.0 if self._unacknowledged_since is None else now - self._unacknowledged_since
+        if acknowledged_ago is not None and waited > CUT_AFTER_HEARTBEATS * self._heartbeat:
+            return f"cut off: its host acknowledged nothing for {waited:.1f} s"
+        return None
+
+    def _note_acknowledged(self, at: float) -> None:
+        if self._unacknowledged_since is not None and at >= self._unacknowledged_since:
+            self._unacknowledged_since = None

@@ -1,0 +1,381 @@
+"""One side of one session: a state machine without I/O, driven by a clock that is passed in.
+
+Owns the handshake, request ids, deadlines, cancellation and liveness.  Knows messages, not bytes:
+its owner decodes what arrives, hands it in, and carries out the `Action` list that comes back, in
+order.  It must not know sockets, tasks or futures; `zmq_autograd.node.channel` has those.
+
+Rules:
+
+1. Who dialled says `Hello`; who accepted answers `Welcome` with the session's id.  Anything else
+   before that ends the session.
+2. Either side sends requests.  A request's id is larger than every earlier one of the same side in
+   the same session, so an id seen again is a duplicate.
+3. Every request ends once at its sender: by a reply, by its deadline, by its cancellation or by the
+   loss of the session.  What arrives for it afterwards is ignored.
+4. Every request ends once at its receiver: by the reply, or, without one, by its sender's `Cancel`,
+   its deadline or the loss of the session.
+5. A reply is never answered, so errors cannot echo.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from zmq_autograd import ids
+from zmq_autograd.errors import DeadlineExceeded, ProtocolError, WorkerLost, ZmqAutogradError
+from zmq_autograd.session.actions import (
+    Action,
+    Close,
+    FinishRequest,
+    HandleRequest,
+    Identity,
+    Opened,
+    Send,
+    StopRequest,
+)
+from zmq_autograd.session.failures import error_response, exception_from
+from zmq_autograd.session.liveness import Liveness
+from zmq_autograd.wire import Envelope
+from zmq_autograd.wire.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    ErrorResponse,
+    Heartbeat,
+    Hello,
+    Message,
+    Reply,
+    Request,
+    Welcome,
+)
+
+Clock = Callable[[], float]
+"""Seconds from any fixed point, never going back."""
+
+
+class State(enum.Enum):
+    """Where a session is: DIALLED and ACCEPTED lead to OPEN, all lead to CLOSED."""
+
+    DIALLED = "dialled"  # we said Hello and await Welcome
+    ACCEPTED = "accepted"  # we await Hello
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A request of ours that has not ended.  `expects` is the type of its reply."""
+
+    expects: type[Reply]
+    deadline: float | None
+    timeout: float | None
+
+
+@dataclass(slots=True)
+class _Deadlines:
+    """The requests that have a deadline, soonest first; entries of ended ones go when they come up.
+
+    Each is (deadline, ours, request id): ours is True for a request that this side sent.
+    """
+
+    heap: list[tuple[float, bool, int]] = field(default_factory=list)
+
+    def add(self, deadline: float | None, *, ours: bool, request_id: int) -> None:
+        if deadline is not None:
+            heapq.heappush(self.heap, (deadline, ours, request_id))
+
+    def take_due(self, now: float) -> list[tuple[bool, int]]:
+        due = []
+        while self.heap and self.heap[0][0] <= now:
+            _, ours, request_id = heapq.heappop(self.heap)
+            due.append((ours, request_id))
+        return due
+
+
+class Session:
+    """One side of one session.  See the module's rules."""
+
+    def __init__(
+        self, me: Identity, address: str, clock: Clock, *, dialled: bool, lost_after: float
+    ) -> None:
+        """Make a session that is not open yet.
+
+        Args:
+            me: this side.
+            address: what to call the peer until it tells its name.
+            clock: tells the time in seconds.
+            dialled: this side dialled, and so speaks first.
+            lost_after: seconds of silence after which the peer counts as lost.
+        """
+        self.me = me
+        self.peer: Identity | None = None
+        self.session_id = 0
+        self.state = State.DIALLED if dialled else State.ACCEPTED
+        self._address = address
+        self._clock = clock
+        # Our requests that have not ended.
+        self._sent: dict[int, _Sent] = {}
+        self._last_sent_id = 0
+        # The peer's requests that have not ended.
+        self._received: set[int] = set()
+        self._last_received_id = 0
+        self._deadlines = _Deadlines()
+        self._liveness = Liveness(clock(), heartbeat=me.heartbeat, lost_after=lost_after)
+
+    # --- our requests ----------------------------------------------------------------------------
+
+    def start(self) -> list[Action]:
+        """Say Hello; the dialling side's first step."""
+        envelope = self.request(Hello, None)
+        me = self.me
+        hello = Hello(me.name, me.incarnation, me.limits, me.features, me.heartbeat)
+        return [self._send(envelope, hello)]
+
+    def request(self, kind: type[Request], timeout: float | None) -> Envelope:
+        """Return the envelope for a new request of type `kind`, which the owner sends at once.
+
+        Args:
+            kind: its type; what may come back for it follows from that.
+            timeout: seconds until it ends with DeadlineExceeded, None for never.
+        """
+        self._last_sent_id += 1
+        request_id = self._last_sent_id
+        now = self._clock()
+        deadline = None if timeout is None else now + timeout
+        self._sent[request_id] = _Sent(kind.reply, deadline, timeout)
+        self._deadlines.add(deadline, ours=True, request_id=request_id)
+        self._liveness.sent(now)
+        return Envelope(self.session_id, request_id, timeout)
+
+    def cancel(self, request_id: int) -> list[Action]:
+        """Stop awaiting our request `request_id`; the peer hears of it."""
+        if self._sent.pop(request_id, None) is None or self.state is not State.OPEN:
+            return []
+        return [self._send(Envelope(self.session_id), Cancel(request_id))]
+
+    def forget(self, request_id: int) -> None:
+        """Take back our request `request_id`, which was not sent after all."""
+        self._sent.pop(request_id, None)
+
+    # --- the peer's requests ---------------------------------------------------------------------
+
+    def reply(self, request_id: int) -> Envelope | None:
+        """Return the envelope for the reply to the peer's request, None if nobody awaits it."""
+        if request_id not in self._received:
+            return None
+        self._received.remove(request_id)
+        self._liveness.sent(self._clock())
+        return Envelope(self.session_id, request_id)
+
+    # --- what arrives ----------------------------------------------------------------------------
+
+    def receive(self, envelope: Envelope, message: Message) -> list[Action]:
+        """Take in one message of the peer's."""
+        if self.state is State.CLOSED:
+            return []
+        if self.state is State.ACCEPTED:
+            return self._receive_hello(envelope, message)
+        if self.state is State.DIALLED:
+            return self._receive_welcome(envelope, message)
+        if envelope.session_id != self.session_id:
+            error = ProtocolError(
+                f"expected session {self.session_id}, got {envelope.session_id}",
+                worker=self.me.name,
+                request_id=envelope.request_id,
+            )
+            return self._answer_malformed(error, is_reply=isinstance(message, Reply))
+        if isinstance(message, Reply):
+            return self._receive_reply(envelope.request_id, message)
+        if isinstance(message, Request):
+            return self._receive_request(envelope, message)
+        if isinstance(message, Cancel):
+            return self._receive_cancel(message.cancelled_id)
+        return []  # Heartbeat: having arrived is all it says
+
+    def receive_malformed(self, error: ProtocolError) -> list[Action]:
+        """Take in that the peer sent something that is no message."""
+        if self.state is State.CLOSED:
+            return []
+        if self.state is not State.OPEN:
+            return [*self._answer_malformed(error, is_reply=error.is_reply), *self.lose(str(error))]
+        return self._answer_malformed(error, is_reply=error.is_reply)
+
+    def _receive_hello(self, envelope: Envelope, message: Message) -> list[Action]:
+        if not isinstance(message, Hello):
+            return self._refuse(envelope, message, f"expected Hello, got {type(message).__name__}")
+        if message.version != PROTOCOL_VERSION:
+            problem = f"expected protocol version {PROTOCOL_VERSION}, got {message.version}"
+            return self._refuse(envelope, message, problem)
+        if not envelope.request_id:
+            return self._refuse(envelope, message, "expected a request id on Hello, got none")
+        self.session_id = ids.random_id()
+        self._last_received_id = envelope.request_id
+        opened = self._open(message)
+        me = self.me
+        welcome = Welcome(me.name, me.incarnation, me.limits, me.features, me.heartbeat)
+        return [self._send(Envelope(self.session_id, envelope.request_id), welcome), opened]
+
+    def _refuse(self, envelope: Envelope, message: Message, problem: str) -> list[Action]:
+        error = ProtocolError(problem, worker=self.me.name, request_id=envelope.request_id)
+        answer = self._answer_malformed(error, is_reply=isinstance(message, Reply))
+        return [*answer, *self.lose(problem)]
+
+    def _receive_welcome(self, envelope: Envelope, message: Message) -> list[Action]:
+        if isinstance(message, ErrorResponse):
+            return self.lose(exception_from(message, self.peer_name))
+        problem = None
+        if not isinstance(message, Welcome) or not envelope.session_id:
+            problem = f"expected Welcome with a session id, got {type(message).__name__}"
+        elif message.version != PROTOCOL_VERSION:
+            problem = f"expected protocol version {PROTOCOL_VERSION}, got {message.version}"
+        if problem or not isinstance(message, Welcome):
+            text = f"worker {self.peer_name!r} broke the protocol: {problem}"
+            return self.lose(ProtocolError(text, worker=self.peer_name))
+        self.session_id = envelope.session_id
+        self._sent.pop(envelope.request_id, None)
+        return [self._open(message)]
+
+    def _open(self, theirs: Hello | Welcome) -> Opened:
+        self.peer = Identity(
+            theirs.name, theirs.incarnation, theirs.limits, tuple(theirs.features), theirs.heartbeat
+        )
+        self.state = State.OPEN
+        return Opened(self.peer)
+
+    def _receive_reply(self, request_id: int, reply: Reply) -> list[Action]:
+        sent = self._sent.pop(request_id, None)
+        if sent is None:
+            if request_id > self._last_sent_id:
+                return self.lose(f"it replied to request {request_id}, which was never sent")
+            return []  # ended before: rule 3
+        if isinstance(reply, ErrorResponse):
+            return [FinishRequest(request_id, exception_from(reply, self.peer_name))]
+        if not isinstance(reply, sent.expects):
+            error = ProtocolError(
+                f"worker {self.peer_name!r} broke the protocol: "
+                f"expected {sent.expects.__name__}, got {type(reply).__name__}",
+                worker=self.peer_name,
+                request_id=request_id,
+            )
+            return [FinishRequest(request_id, error)]
+        return [FinishRequest(request_id, reply)]
+
+    def _receive_request(self, envelope: Envelope, message: Request) -> list[Action]:
+        request_id = envelope.request_id
+        if request_id in self._received:
+            return []  # a duplicate of one that is being handled: its reply is on its way
+        problem = None
+        if isinstance(message, Hello):
+            problem = "expected no second Hello in a session"
+        elif request_id <= self._last_received_id:
+            problem = f"expected a request id above {self._last_received_id}, got {request_id}"
+        if problem:
+            error = ProtocolError(problem, worker=self.me.name, request_id=request_id)
+            return self._answer_malformed(error, is_reply=False)
+        self._last_received_id = request_id
+        if len(self._received) >= self.me.limits.requests:
+            text = f"{self.me.limits.requests} requests are under way: that is the limit"
+            busy = ErrorResponse("resource_exhausted", text, self.me.name, retryable=True)
+            return [self._send(Envelope(self.session_id, request_id), busy)]
+        deadline = None if envelope.timeout is None else self._clock() + envelope.timeout
+        self._received.add(request_id)
+        self._deadlines.add(deadline, ours=False, request_id=request_id)
+        return [HandleRequest(request_id, message, deadline)]
+
+    def _receive_cancel(self, request_id: int) -> list[Action]:
+        if request_id not in self._received:
+            return []
+        self._received.remove(request_id)
+        return [StopRequest(request_id)]
+
+    def _answer_malformed(self, error: ProtocolError, *, is_reply: bool) -> list[Action]:
+        if is_reply:
+            if self._sent.pop(error.request_id, None) is None:
+                return []
+            failure = ProtocolError(
+                f"worker {self.peer_name!r} broke the protocol: {error}",
+                worker=self.peer_name,
+                request_id=error.request_id,
+            )
+            return [FinishRequest(error.request_id, failure)]
+        answer = error_response(error, self.me.name)
+        return [self._send(Envelope(self.session_id, error.request_id), answer)]
+
+    # --- time and loss ---------------------------------------------------------------------------
+
+    def wakeup(self) -> float:
+        """Return when `tick` is due next, on the session's clock."""
+        due = self._liveness.next_check()
+        heap = self._deadlines.heap
+        return min(due, heap[0][0]) if heap else due
+
+    def tick(self, received_ago: float, acknowledged_ago: float | None) -> list[Action]:
+        """Let time pass.
+
+        Args:
+            received_ago: seconds since any byte came from the peer.
+            acknowledged_ago: seconds since the peer's host acknowledged anything, None if the
+                network does not tell.
+        """
+        now = self._clock()
+        actions: list[Action] = []
+        for ours, request_id in self._deadlines.take_due(now):
+            actions += self._expire_sent(request_id) if ours else self._expire_received(request_id)
+        if self.state is State.OPEN:
+            reason = self._liveness.check(now, received_ago, acknowledged_ago)
+            if reason:
+                return [*actions, *self.lose(reason)]
+            if self._liveness.heartbeat_due(now):
+                actions.append(self._send(Envelope(self.session_id), Heartbeat()))
+        return actions
+
+    def _expire_sent(self, request_id: int) -> list[Action]:
+        sent = self._sent.get(request_id)
+        if sent is None:
+            return []
+        error = DeadlineExceeded(
+            f"no reply from worker {self.peer_name!r} within {sent.timeout:g} s",
+            workers=(self.peer_name,),
+        )
+        return [FinishRequest(request_id, error), *self.cancel(request_id)]
+
+    def _expire_received(self, request_id: int) -> list[Action]:
+        if request_id not in self._received:
+            return []
+        self._received.remove(request_id)
+        late = ErrorResponse(
+            "deadline_exceeded",
+            f"worker {self.me.name!r} did not finish in time",
+            self.me.name,
+            workers=(self.me.name,),
+        )
+        return [StopRequest(request_id), self._send(Envelope(self.session_id, request_id), late)]
+
+    def lose(self, cause: str | ZmqAutogradError) -> list[Action]:
+        """End the session: nothing will come any more, because of `cause`."""
+        if self.state is State.CLOSED:
+            return []
+        self.state = State.CLOSED
+        actions: list[Action] = [StopRequest(request_id) for request_id in sorted(self._received)]
+        actions += [FinishRequest(request_id, self.loss(cause)) for request_id in self._sent]
+        self._received.clear()
+        self._sent.clear()
+        self._deadlines.heap.clear()
+        return [*actions, Close(str(cause))]
+
+    def loss(self, cause: str | ZmqAutogradError) -> ZmqAutogradError:
+        """Return the error for one who awaited something of the peer."""
+        if isinstance(cause, ZmqAutogradError):
+            return cause
+        return WorkerLost(self.peer_name, self.peer.incarnation if self.peer else "", cause)
+
+    @property
+    def peer_name(self) -> str:
+        """The peer's name; its address while it has not told."""
+        return self.peer.name if self.peer else self._address
+
+    def _send(self, envelope: Envelope, message: Message) -> Send:
+        self._liveness.sent(self._clock())
+        return Send(envelope, message)
