@@ -1,0 +1,21 @@
+"""One running worker inside: channels, handlers, registered functions and compute threads."""
+
+from zmq_autograd.node.channel import Channel
+from zmq_autograd.node.compute import compute
+from zmq_autograd.node.current import current_call, current_modes
+from zmq_autograd.node.dispatcher import Dispatcher, Handler
+from zmq_autograd.node.node import Node
+from zmq_autograd.node.registry import RESERVED_PREFIX, Expose, Registry
+
+__all__ = [
+    "Channel",
+    "Dispatcher",
+    "Expose",
+    "Handler",
+    "Node",
+    "RESERVED_PREFIX",
+    "Registry",
+    "compute",
+    "current_call",
+    "current_modes",
+]

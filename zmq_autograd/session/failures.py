@@ -8,6 +8,8 @@ lost or slow worker three hops away by its name.  Anything else that a handler r
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
+from collections.abc import Callable
 from typing import Final
 
 from zmq_autograd.errors import (
@@ -30,6 +32,8 @@ MAX_TRACEBACK: Final = 32 * 1024
 """Characters of a traceback that travel: its end, where the error is."""
 
 _REMOTE: Final = "remote_error"
+
+_PACKAGE: Final = str(Path(__file__).parents[1])
 
 _CODES: Final[dict[type[ZmqAutogradError], str]] = {
     NotRegistered: "not_registered",
@@ -58,7 +62,7 @@ def error_response(
     if code is None or not isinstance(error, ZmqAutogradError):
         return ErrorResponse(
             code=_REMOTE,
-            text=_clean(str(error))[:MAX_TEXT],
+            text=_text(error),
             origin=worker,
             type_name=type(error).__name__,
             traceback=_traceback(error) if send_traceback else None,
@@ -68,19 +72,19 @@ def error_response(
     if isinstance(error, RemoteError):
         return ErrorResponse(
             code=code,
-            text=error.message,
+            text=_text(error.message),
             origin=error.worker or worker,
             type_name=error.type_name,
-            traceback=error.traceback,
+            traceback=None if error.traceback is None else _end(error.traceback),
             path=path,
         )
     if isinstance(error, WorkerLost):
         return ErrorResponse(
-            code, error.reason, error.name, path=path, incarnation=error.incarnation
+            code, _text(error.reason), error.name, path=path, incarnation=error.incarnation
         )
     return ErrorResponse(
         code=code,
-        text=_clean(str(error.args[0]))[:MAX_TEXT],
+        text=_text(error.args[0]),
         origin=error.worker or worker,
         type_name=type(error).__name__,
         path=path,
@@ -126,12 +130,28 @@ def exception_from(response: ErrorResponse, peer: str) -> ZmqAutogradError:
 
 def _named(text: str, worker: str) -> str:
     """Make sure that `text` names the worker it is about."""
-    return text if worker in text else f"worker {worker!r}: {text}"
+    return text if repr(worker) in text else f"worker {worker!r}: {text}"
+
+
+def _text(said: object) -> str:
+    """Return what `said`, an exception or its text, says, as far as it travels."""
+    return _clean(_guarded(lambda: str(said))[:MAX_TEXT])
 
 
 def _traceback(error: BaseException) -> str:
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
-    return _clean("".join(lines))[-MAX_TRACEBACK:]
+    return _end(_guarded(lambda: "".join(traceback.format_exception(error))))
+
+
+def _guarded(describe: Callable[[], str]) -> str:
+    """Call `describe`, which runs code of a user's exception, that may raise in its turn."""
+    try:
+        return describe()
+    except Exception as error:  # noqa: BLE001  # the sender must get an answer
+        return f"<its description raised {type(error).__name__}>"
+
+
+def _end(text: str) -> str:
+    return _clean(text[-MAX_TRACEBACK:])
 
 
 def _clean(text: str) -> str:

@@ -19,6 +19,12 @@ CUT_AFTER_HEARTBEATS: Final = 1.5
 
 CHECKS_PER_HEARTBEAT: Final = 4
 
+MISSED_HEARTBEATS: Final = 3
+"""Heartbeats that a peer may miss, at the pace it announced, before it can count as frozen."""
+
+KERNEL_TICK: Final = 0.01
+"""Seconds by which the kernel's times of acknowledgements may be early: it counts in ticks."""
+
 
 class Liveness:
     """What one side knows of the other's signs of life.  All times are on the session's clock."""
@@ -32,6 +38,14 @@ class Liveness:
         self._sent_at = now
         # The earliest thing sent that the peer's host is not known to have acknowledged.
         self._unacknowledged_since: float | None = None
+
+    def expect_heartbeat(self, seconds: float) -> None:
+        """Note that the peer may send nothing for `seconds` while it is well."""
+        self._lost_after = max(self._lost_after, MISSED_HEARTBEATS * seconds)
+
+    def skip(self, now: float) -> None:
+        """Let a check pass: there is no peer yet, or none any more."""
+        self._checked_at = now
 
     def sent(self, now: float) -> None:
         """Note that something was sent."""
@@ -59,16 +73,17 @@ class Liveness:
         stalled = now - self._checked_at > self._heartbeat + self._interval
         self._checked_at = now
         if acknowledged_ago is not None:
-            self._note_acknowledged(now - acknowledged_ago)
+            self._note_acknowledged(now - acknowledged_ago + KERNEL_TICK)
         if stalled:
             return None
         if received_ago > self._lost_after:
             return f"frozen: no sign of life for {received_ago:.1f} s"
         waited = 0.0 if self._unacknowledged_since is None else now - self._unacknowledged_since
-        if acknowledged_ago is not None and waited > CUT_AFTER_HEARTBEATS * self._heartbeat:
+        if acknowledged_ago is not None and waited >= CUT_AFTER_HEARTBEATS * self._heartbeat:
             return f"cut off: its host acknowledged nothing for {waited:.1f} s"
         return None
 
     def _note_acknowledged(self, at: float) -> None:
         if self._unacknowledged_since is not None and at >= self._unacknowledged_since:
-            self._unacknowledged_since = None
+            # What was sent in between is not known one by one; the last of it is.
+            self._unacknowledged_since = self._sent_at if self._sent_at > at else None

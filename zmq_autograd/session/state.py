@@ -20,12 +20,17 @@ Rules:
 from __future__ import annotations
 
 import enum
-import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zmq_autograd import ids
-from zmq_autograd.errors import DeadlineExceeded, ProtocolError, WorkerLost, ZmqAutogradError
+from zmq_autograd.errors import (
+    DeadlineExceeded,
+    ProtocolError,
+    ResourceExhausted,
+    WorkerLost,
+    ZmqAutogradError,
+)
 from zmq_autograd.session.actions import (
     Action,
     Close,
@@ -36,6 +41,7 @@ from zmq_autograd.session.actions import (
     Send,
     StopRequest,
 )
+from zmq_autograd.session.deadlines import Deadlines
 from zmq_autograd.session.failures import error_response, exception_from
 from zmq_autograd.session.liveness import Liveness
 from zmq_autograd.wire import Envelope
@@ -73,27 +79,6 @@ class _Sent:
     timeout: float | None
 
 
-@dataclass(slots=True)
-class _Deadlines:
-    """The requests that have a deadline, soonest first; entries of ended ones go when they come up.
-
-    Each is (deadline, ours, request id): ours is True for a request that this side sent.
-    """
-
-    heap: list[tuple[float, bool, int]] = field(default_factory=list)
-
-    def add(self, deadline: float | None, *, ours: bool, request_id: int) -> None:
-        if deadline is not None:
-            heapq.heappush(self.heap, (deadline, ours, request_id))
-
-    def take_due(self, now: float) -> list[tuple[bool, int]]:
-        due = []
-        while self.heap and self.heap[0][0] <= now:
-            _, ours, request_id = heapq.heappop(self.heap)
-            due.append((ours, request_id))
-        return due
-
-
 class Session:
     """One side of one session.  See the module's rules."""
 
@@ -121,17 +106,21 @@ class Session:
         # The peer's requests that have not ended.
         self._received: set[int] = set()
         self._last_received_id = 0
-        self._deadlines = _Deadlines()
+        self._deadlines = Deadlines(self._sent, self._received)
         self._liveness = Liveness(clock(), heartbeat=me.heartbeat, lost_after=lost_after)
 
     # --- our requests ----------------------------------------------------------------------------
 
-    def start(self) -> list[Action]:
-        """Say Hello; the dialling side's first step."""
-        envelope = self.request(Hello, None)
+    def start(self, timeout: float | None = None) -> Send:
+        """Say Hello; the dialling side's first step.
+
+        Args:
+            timeout: seconds until that request ends with DeadlineExceeded, None for never.
+        """
+        envelope = self.request(Hello, timeout)
         me = self.me
         hello = Hello(me.name, me.incarnation, me.limits, me.features, me.heartbeat)
-        return [self._send(envelope, hello)]
+        return Send(envelope, hello)
 
     def request(self, kind: type[Request], timeout: float | None) -> Envelope:
         """Return the envelope for a new request of type `kind`, which the owner sends at once.
@@ -198,9 +187,10 @@ class Session:
         """Take in that the peer sent something that is no message."""
         if self.state is State.CLOSED:
             return []
-        if self.state is not State.OPEN:
-            return [*self._answer_malformed(error, is_reply=error.is_reply), *self.lose(str(error))]
-        return self._answer_malformed(error, is_reply=error.is_reply)
+        if self.state is State.DIALLED:
+            return self.lose(self._broken(str(error)))
+        answer = self._answer_malformed(error, is_reply=error.is_reply)
+        return answer if self.state is State.OPEN else [*answer, *self.lose(str(error))]
 
     def _receive_hello(self, envelope: Envelope, message: Message) -> list[Action]:
         if not isinstance(message, Hello):
@@ -225,22 +215,26 @@ class Session:
     def _receive_welcome(self, envelope: Envelope, message: Message) -> list[Action]:
         if isinstance(message, ErrorResponse):
             return self.lose(exception_from(message, self.peer_name))
+        if not isinstance(message, Welcome):
+            return self.lose(self._broken(f"expected Welcome, got {type(message).__name__}"))
         problem = None
-        if not isinstance(message, Welcome) or not envelope.session_id:
-            problem = f"expected Welcome with a session id, got {type(message).__name__}"
-        elif message.version != PROTOCOL_VERSION:
+        if message.version != PROTOCOL_VERSION:
             problem = f"expected protocol version {PROTOCOL_VERSION}, got {message.version}"
-        if problem or not isinstance(message, Welcome):
-            text = f"worker {self.peer_name!r} broke the protocol: {problem}"
-            return self.lose(ProtocolError(text, worker=self.peer_name))
+        elif not envelope.session_id:
+            problem = "expected a session id on Welcome, got none"
+        elif envelope.request_id not in self._sent:
+            problem = f"expected Welcome to our Hello, got one to request {envelope.request_id}"
+        if problem:
+            return self.lose(self._broken(problem))
         self.session_id = envelope.session_id
-        self._sent.pop(envelope.request_id, None)
-        return [self._open(message)]
+        opened = self._open(message)
+        return [opened, *self._receive_reply(envelope.request_id, message)]
 
     def _open(self, theirs: Hello | Welcome) -> Opened:
         self.peer = Identity(
             theirs.name, theirs.incarnation, theirs.limits, tuple(theirs.features), theirs.heartbeat
         )
+        self._liveness.expect_heartbeat(theirs.heartbeat)
         self.state = State.OPEN
         return Opened(self.peer)
 
@@ -253,13 +247,8 @@ class Session:
         if isinstance(reply, ErrorResponse):
             return [FinishRequest(request_id, exception_from(reply, self.peer_name))]
         if not isinstance(reply, sent.expects):
-            error = ProtocolError(
-                f"worker {self.peer_name!r} broke the protocol: "
-                f"expected {sent.expects.__name__}, got {type(reply).__name__}",
-                worker=self.peer_name,
-                request_id=request_id,
-            )
-            return [FinishRequest(request_id, error)]
+            problem = f"expected {sent.expects.__name__}, got {type(reply).__name__}"
+            return [FinishRequest(request_id, self._broken(problem, request_id))]
         return [FinishRequest(request_id, reply)]
 
     def _receive_request(self, envelope: Envelope, message: Request) -> list[Action]:
@@ -277,8 +266,8 @@ class Session:
         self._last_received_id = request_id
         if len(self._received) >= self.me.limits.requests:
             text = f"{self.me.limits.requests} requests are under way: that is the limit"
-            busy = ErrorResponse("resource_exhausted", text, self.me.name, retryable=True)
-            return [self._send(Envelope(self.session_id, request_id), busy)]
+            busy = ResourceExhausted(text, worker=self.me.name)
+            return [self._answer(request_id, busy)]
         deadline = None if envelope.timeout is None else self._clock() + envelope.timeout
         self._received.add(request_id)
         self._deadlines.add(deadline, ours=False, request_id=request_id)
@@ -294,22 +283,24 @@ class Session:
         if is_reply:
             if self._sent.pop(error.request_id, None) is None:
                 return []
-            failure = ProtocolError(
-                f"worker {self.peer_name!r} broke the protocol: {error}",
-                worker=self.peer_name,
-                request_id=error.request_id,
-            )
-            return [FinishRequest(error.request_id, failure)]
+            return [FinishRequest(error.request_id, self._broken(str(error), error.request_id))]
+        return [self._answer(error.request_id, error)]
+
+    def _broken(self, problem: str, request_id: int = 0) -> ProtocolError:
+        text = f"worker {self.peer_name!r} broke the protocol: {problem}"
+        return ProtocolError(text, worker=self.peer_name, request_id=request_id)
+
+    def _answer(self, request_id: int, error: ZmqAutogradError) -> Send:
         answer = error_response(error, self.me.name)
-        return [self._send(Envelope(self.session_id, error.request_id), answer)]
+        return self._send(Envelope(self.session_id, request_id), answer)
 
     # --- time and loss ---------------------------------------------------------------------------
 
     def wakeup(self) -> float:
         """Return when `tick` is due next, on the session's clock."""
         due = self._liveness.next_check()
-        heap = self._deadlines.heap
-        return min(due, heap[0][0]) if heap else due
+        deadline = self._deadlines.soonest()
+        return due if deadline is None else min(due, deadline)
 
     def tick(self, received_ago: float, acknowledged_ago: float | None) -> list[Action]:
         """Let time pass.
@@ -323,35 +314,28 @@ class Session:
         actions: list[Action] = []
         for ours, request_id in self._deadlines.take_due(now):
             actions += self._expire_sent(request_id) if ours else self._expire_received(request_id)
-        if self.state is State.OPEN:
-            reason = self._liveness.check(now, received_ago, acknowledged_ago)
-            if reason:
-                return [*actions, *self.lose(reason)]
-            if self._liveness.heartbeat_due(now):
-                actions.append(self._send(Envelope(self.session_id), Heartbeat()))
+        if self.state is not State.OPEN:
+            self._liveness.skip(now)
+            return actions
+        reason = self._liveness.check(now, received_ago, acknowledged_ago)
+        if reason:
+            return [*actions, *self.lose(reason)]
+        if self._liveness.heartbeat_due(now):
+            actions.append(self._send(Envelope(self.session_id), Heartbeat()))
         return actions
 
     def _expire_sent(self, request_id: int) -> list[Action]:
-        sent = self._sent.get(request_id)
-        if sent is None:
-            return []
         error = DeadlineExceeded(
-            f"no reply from worker {self.peer_name!r} within {sent.timeout:g} s",
+            f"no reply from worker {self.peer_name!r} within {self._sent[request_id].timeout:g} s",
             workers=(self.peer_name,),
         )
         return [FinishRequest(request_id, error), *self.cancel(request_id)]
 
     def _expire_received(self, request_id: int) -> list[Action]:
-        if request_id not in self._received:
-            return []
         self._received.remove(request_id)
-        late = ErrorResponse(
-            "deadline_exceeded",
-            f"worker {self.me.name!r} did not finish in time",
-            self.me.name,
-            workers=(self.me.name,),
-        )
-        return [StopRequest(request_id), self._send(Envelope(self.session_id, request_id), late)]
+        name = self.me.name
+        late = DeadlineExceeded(f"worker {name!r} did not finish in time", workers=(name,))
+        return [StopRequest(request_id), self._answer(request_id, late)]
 
     def lose(self, cause: str | ZmqAutogradError) -> list[Action]:
         """End the session: nothing will come any more, because of `cause`."""
@@ -362,7 +346,7 @@ class Session:
         actions += [FinishRequest(request_id, self.loss(cause)) for request_id in self._sent]
         self._received.clear()
         self._sent.clear()
-        self._deadlines.heap.clear()
+        self._deadlines.clear()
         return [*actions, Close(str(cause))]
 
     def loss(self, cause: str | ZmqAutogradError) -> ZmqAutogradError:

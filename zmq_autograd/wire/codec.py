@@ -257,11 +257,11 @@ def _open_header(frame: memoryview) -> dict[str, Any]:
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     """Make a dict of the pairs of a msgpack map, which must have string keys, each once."""
+    if any(type(key) is not str for key, _ in pairs):
+        raise ProtocolError("header has a key that is no string")
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ProtocolError("header has the same key twice")
-    if any(type(key) is not str for key in made):
-        raise ProtocolError("header has a key that is no string")
     return made
 
 

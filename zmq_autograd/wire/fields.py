@@ -6,7 +6,7 @@ Knows nothing of which message has which field; that is the table in `codec`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, Final
@@ -64,6 +64,11 @@ def _converted(field: Field, pack: Callable[[Any], Any], unpack: Callable[[Any],
     )
 
 
+def _as_list(value: Any) -> Any:
+    """Return a list or tuple as a list, and anything else as it is, for the field to refuse."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
 def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_ID
 
@@ -82,10 +87,10 @@ STRING: Final = _plain("a string", lambda value: type(value) is str)
 OPTIONAL_STRING: Final = _plain(
     "a string or nil", lambda value: value is None or type(value) is str
 )
-STRINGS: Final = _converted(_plain("a list of strings", _is_strings), list, tuple)
+STRINGS: Final = _converted(_plain("a list of strings", _is_strings), _as_list, tuple)
 IDS: Final = _converted(
     _plain("a list of ids", lambda value: type(value) is list and all(map(_is_id, value))),
-    list,
+    _as_list,
     tuple,
 )
 _SECONDS: Final = _plain("seconds above 0", _is_seconds)
@@ -108,6 +113,8 @@ def _unpack_metadata(header: Header, name: str, tensors: TensorReader) -> Autogr
 
 
 def _pack_optional_metadata(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    if isinstance(value, AutogradMetadata) and not value.context_id:
+        raise SerializationError(f"field {name!r}: expected the id of a context or None, got 0")
     _pack_metadata(header, name, AutogradMetadata(0, 0) if value is None else value, tensors)
 
 
@@ -115,7 +122,11 @@ def _unpack_optional_metadata(
     header: Header, name: str, tensors: TensorReader
 ) -> AutogradMetadata | None:
     metadata = _unpack_metadata(header, name, tensors)
-    return metadata if metadata.context_id else None
+    if metadata.context_id:
+        return metadata
+    if metadata.message_id:
+        raise ProtocolError(f"message {metadata.message_id} of no context")
+    return None
 
 
 METADATA: Final = Field(_pack_metadata, _unpack_metadata)
@@ -137,7 +148,7 @@ def _pack_gradient(name: str, grad: Any, tensors: TensorWriter) -> int | None:
     if not isinstance(grad, Tensor):
         raise SerializationError(f"field {name!r}: expected tensors or None, got {short(grad)}")
     # Never one frame for two gradients: each becomes a tensor that its receiver may write to.
-    return tensors.add(grad.detach())
+    return tensors.add(grad, detached=True)
 
 
 def _unpack_gradients(header: Header, name: str, tensors: TensorReader) -> list[Tensor | None]:
@@ -167,6 +178,8 @@ def _unpack_value(header: Header, name: str, tensors: TensorReader) -> Any:
 
 
 def _pack_args(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise SerializationError(f"field {name!r}: expected a list, got {short(value)}")
     header[name] = [pack_value(item, tensors) for item in value]
 
 
@@ -178,8 +191,8 @@ def _unpack_args(header: Header, name: str, tensors: TensorReader) -> tuple[Any,
 
 
 def _pack_kwargs(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
-    if not all(type(key) is str for key in value):
-        raise SerializationError(f"field {name!r}: expected names as keys")
+    if not isinstance(value, Mapping) or not all(type(key) is str for key in value):
+        raise SerializationError(f"field {name!r}: expected a dict with names as keys")
     header[name] = {key: pack_value(item, tensors) for key, item in value.items()}
 
 
@@ -209,9 +222,16 @@ def _is_modes(value: Any) -> bool:
     )
 
 
+def _pack_modes(value: Any) -> Any:
+    if not isinstance(value, Modes) or not isinstance(value.autocast, (list, tuple)):
+        return value
+    autocast = [_as_list(pair) for pair in value.autocast]
+    return [value.grad_enabled, value.inference_mode, autocast]
+
+
 MODES: Final = _converted(
     _plain("[grad_enabled, inference_mode, [[device type, dtype], ...]]", _is_modes),
-    lambda modes: [modes.grad_enabled, modes.inference_mode, [list(p) for p in modes.autocast]],
+    _pack_modes,
     lambda packed: Modes(packed[0], packed[1], tuple((p[0], p[1]) for p in packed[2])),
 )
 
@@ -228,7 +248,7 @@ def _is_limits(value: Any) -> bool:
 
 _LIMITS: Final = _converted(
     _plain(f"a map of {', '.join(sorted(_LIMIT_NAMES))}", _is_limits),
-    asdict,
+    lambda limits: asdict(limits) if isinstance(limits, Limits) else limits,
     lambda packed: Limits(**packed),
 )
 

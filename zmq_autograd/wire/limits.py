@@ -23,6 +23,10 @@ MAX_ELEMENTS: Final = 2**48
 MAX_NESTING: Final = 64
 """Levels of lists, tuples and dicts inside one argument."""
 
+MAX_NUMBER_KEYS: Final = 1024
+"""Numbers among the keys of one dict: they hash to themselves, so a peer could choose them to
+collide, and to fill a dict with n of them would take time in proportion to n squared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -57,6 +61,8 @@ DEFAULT_LIMITS: Final = Limits()
 
 
 def short(value: object) -> str:
-    """Show a value that a peer sent, in bounded space."""
+    """Show a value that somebody sent or wants to send, in bounded space."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print large ones
+        return f"an int of {value.bit_length()} bits"
     text = ascii(value) if isinstance(value, (str, int, float, bytes)) else type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from zmq_autograd.errors import ProtocolError, SerializationError
 from zmq_autograd.wire.limits import KIB, MAX_DIMENSIONS, MAX_ELEMENTS, Limits, short
@@ -73,16 +74,25 @@ class TensorWriter:
         self.specs: list[TensorSpec] = []
         self.frames: list[memoryview] = []
         self._index_of: dict[int, int] = {}
+        self._seen: list[Tensor] = []  # holds the tensors whose `id` is a key above
 
-    def add(self, tensor: Tensor) -> int:
+    def add(self, tensor: Tensor, *, detached: bool = False) -> int:
         """Take one more frame for `tensor` and return its index.
+
+        Args:
+            tensor: whose elements are read, here or when the frame is sent.
+            detached: it arrives without its requires_grad flag.
 
         Raises:
             SerializationError: the tensor cannot travel.
         """
-        check_travels(tensor)
-        self.specs.append([_NAMES[tensor.dtype], list(tensor.shape), tensor.requires_grad])
-        self.frames.append(_elements(tensor))
+        # A subclass or a mode may change what the plain questions and copies below mean.
+        with torch._C.DisableTorchFunction():
+            check_travels(tensor)
+            frame = _elements(tensor)
+            requires_grad = tensor.requires_grad and not detached
+            self.specs.append([_NAMES[tensor.dtype], list(tensor.shape), requires_grad])
+        self.frames.append(frame)
         return len(self.specs) - 1
 
     def add_once(self, tensor: Tensor) -> int:
@@ -90,6 +100,7 @@ class TensorWriter:
         index = self._index_of.get(id(tensor))
         if index is None:
             index = self._index_of[id(tensor)] = self.add(tensor)
+            self._seen.append(tensor)
         return index
 
 
@@ -134,8 +145,10 @@ class TensorReader:
         tensor = self._made.get(index)
         if tensor is None:
             dtype, shape, requires_grad = self._specs[index]
-            tensor = _tensor(self._frames[index], dtype, shape, adopt=self._adopt)
-            tensor.requires_grad_(requires_grad)
+            # The mode belongs to the thread; a tensor made in it could never be on a graph.
+            with torch.inference_mode(False):
+                tensor = _tensor(self._frames[index], dtype, shape, adopt=self._adopt)
+                tensor.requires_grad_(requires_grad)
             self._made[index] = tensor
         return tensor
 
@@ -148,6 +161,12 @@ class TensorReader:
 
 def check_travels(tensor: Tensor) -> None:
     """Raise SerializationError if `tensor` cannot travel, saying what to do instead."""
+    kind = _without_elements(tensor)
+    if kind:
+        raise SerializationError(
+            f"{kind} cannot travel: it has no elements of its own in one block of memory; "
+            "send plain tensors"
+        )
     if tensor.layout is not torch.strided:
         raise SerializationError(
             f"a tensor of layout {tensor.layout} cannot travel: send tensor.to_dense()"
@@ -157,20 +176,39 @@ def check_travels(tensor: Tensor) -> None:
             f"a tensor of dtype {tensor.dtype} cannot travel: its elements cannot be copied byte "
             "for byte; send tensor.dequantize() or another dtype"
         )
-    if tensor.is_meta or tensor.is_nested:
-        kind = "meta" if tensor.is_meta else "nested"
-        raise SerializationError(f"a {kind} tensor cannot travel: it has no elements in one block")
-    dispatch = type(tensor).__torch_dispatch__
-    if dispatch is not torch._C._disabled_torch_dispatch_impl:
-        raise SerializationError(
-            f"a {type(tensor).__name__} cannot travel: it holds no memory of its own; "
-            "send the plain tensors inside it"
-        )
     if tensor.dim() > MAX_DIMENSIONS or tensor.numel() > MAX_ELEMENTS:
         raise SerializationError(
             f"a tensor of {tensor.dim()} dimensions and {tensor.numel()} elements cannot travel: "
             f"limits are {MAX_DIMENSIONS} and {MAX_ELEMENTS}"
         )
+    if tensor.numel() and not tensor._is_zerotensor() and _is_freed(tensor):
+        raise SerializationError("a tensor whose storage was freed cannot travel")
+
+
+def _without_elements(tensor: Tensor) -> str:
+    """Return which kind of tensor without memory of its own this is, empty if it is none."""
+    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return f"a {type(tensor).__name__}"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "a tensor inside a transform of torch.func"
+    if is_lazy(tensor):
+        return "an uninitialized parameter"
+    if tensor.is_nested:
+        return "a nested tensor"
+    return "a meta tensor" if tensor.is_meta else ""
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Tell whether the storage is too short for the elements, which it may be after a resize."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    return tensor.untyped_storage().nbytes() < needed
+
+
+# One type for all lengths: ctypes would make, and throw away, a class for each of them.
+_Memory: Final = ctypes.c_ubyte * 2**62
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -179,9 +217,9 @@ def memory_of(tensor: Tensor) -> memoryview:
     The view keeps the tensor alive.  Goes by address, since numpy, torch's own way to the buffer
     protocol, is no dependency of the core and knows neither bfloat16 nor float8.
     """
-    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory = _Memory.from_address(tensor.data_ptr())
     memory.tensor = tensor  # type: ignore[attr-defined]  # what keeps it alive
-    return memoryview(memory).cast("B")
+    return memoryview(memory).cast("B")[: tensor.nbytes]
 
 
 def _elements(tensor: Tensor) -> memoryview:
@@ -191,8 +229,11 @@ def _elements(tensor: Tensor) -> memoryview:
     with _without_complex_half_warning(tensor.dtype):
         plain = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
         if plain._is_zerotensor():
-            plain = torch.zeros(plain.shape, dtype=plain.dtype)
+            plain = torch.zeros(plain.shape, dtype=plain.dtype, device="cpu")
         plain = plain.cpu().contiguous()
+    if type(plain) is not Tensor:
+        kind = type(plain).__name__
+        raise SerializationError(f"a tensor cannot travel while a mode of torch makes it a {kind}")
     memory = memory_of(plain)
     shared = tensor.device.type == "cpu" and plain.data_ptr() == _address(tensor)
     return memory if shared else memory.toreadonly()
@@ -241,7 +282,8 @@ def _tensor(frame: memoryview, dtype: torch.dtype, shape: list[int], *, adopt: b
     """Return a tensor of the bytes in `frame` in memory of its own: writable and aligned."""
     with _without_complex_half_warning(dtype):
         if adopt and frame.nbytes >= ADOPT_BYTES and not frame.readonly:
-            tensor = torch.frombuffer(frame, dtype=dtype).view(shape)
+            # Resized, not viewed: autograd treats views differently when they are written to.
+            tensor = torch.frombuffer(frame, dtype=dtype).resize_(shape)
             # libzmq's memory lies at multiples of 8, which is what the largest real type needs.
             if tensor.data_ptr() % 8 == 0:
                 return _check_bool(tensor)

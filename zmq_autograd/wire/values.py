@@ -15,13 +15,13 @@ No msgpack extension types, no names of classes: what arrives can only become th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from torch import Tensor
 
 from zmq_autograd.errors import ProtocolError, SerializationError
-from zmq_autograd.wire.limits import MAX_NESTING
+from zmq_autograd.wire.limits import MAX_NESTING, MAX_NUMBER_KEYS
 from zmq_autograd.wire.tensors import TensorReader, TensorWriter
 
 _MIN_INT: Final = -(2**63)
@@ -48,6 +48,11 @@ def pack_value(value: Any, tensors: TensorWriter, depth: int = 0) -> Any:
     if isinstance(value, tuple):
         return {"tuple": [pack_value(item, tensors, depth + 1) for item in value]}
     if isinstance(value, dict):
+        if _has_too_many_numbers(value):
+            raise SerializationError(
+                f"a dict with more than {MAX_NUMBER_KEYS} numbers as keys cannot travel: "
+                "send a list of pairs"
+            )
         return {"dict": [_pack_item(k, v, tensors, depth + 1) for k, v in value.items()]}
     raise SerializationError(
         f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot travel: send "
@@ -63,10 +68,9 @@ def unpack_value(packed: object, tensors: TensorReader, depth: int = 0) -> Any:
     """
     if packed is None or type(packed) in (bool, int, float, str, bytes):
         return packed
-    if depth > MAX_NESTING:
-        raise ProtocolError(f"value nested deeper than {MAX_NESTING} levels")
     if type(packed) is list:
-        return [unpack_value(item, tensors, depth + 1) for item in packed]
+        inner = _one_deeper(depth)
+        return [unpack_value(item, tensors, inner) for item in packed]
     if type(packed) is not dict or len(packed) != 1:
         raise ProtocolError(f"value: expected a map of one tag, got {type(packed).__name__}")
     ((tag, body),) = packed.items()
@@ -74,6 +78,17 @@ def unpack_value(packed: object, tensors: TensorReader, depth: int = 0) -> Any:
     if unpack is None:
         raise ProtocolError(f"value: unknown tag {tag[:40]!r}")
     return unpack(body, tensors, depth)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in `value`, which can travel."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
 
 
 def _pack_item(key: Any, value: Any, tensors: TensorWriter, depth: int) -> list[Any]:
@@ -94,6 +109,18 @@ def _pack_number(value: complex) -> Any:
     return {"complex": [value.real, value.imag]}
 
 
+def _has_too_many_numbers(keys: Collection[Any]) -> bool:
+    if len(keys) <= MAX_NUMBER_KEYS:
+        return False
+    return sum(isinstance(key, (int, float)) for key in keys) > MAX_NUMBER_KEYS
+
+
+def _one_deeper(depth: int) -> int:
+    if depth == MAX_NESTING:
+        raise ProtocolError(f"value nested deeper than {MAX_NESTING} levels")
+    return depth + 1
+
+
 def _unpack_tensor(body: object, tensors: TensorReader, depth: int) -> Tensor:
     return tensors.take(body)
 
@@ -101,18 +128,22 @@ def _unpack_tensor(body: object, tensors: TensorReader, depth: int) -> Tensor:
 def _unpack_tuple(body: object, tensors: TensorReader, depth: int) -> tuple[Any, ...]:
     if type(body) is not list:
         raise ProtocolError(f"value: expected a list in a tuple, got {type(body).__name__}")
-    return tuple(unpack_value(item, tensors, depth + 1) for item in body)
+    inner = _one_deeper(depth)
+    return tuple(unpack_value(item, tensors, inner) for item in body)
 
 
 def _unpack_dict(body: object, tensors: TensorReader, depth: int) -> dict[Any, Any]:
     if type(body) is not list or not all(type(pair) is list and len(pair) == 2 for pair in body):
         raise ProtocolError("value: expected a list of [key, value] in a dict")
-    unpacked: dict[Any, Any] = {}
-    for packed_key, packed_value in body:
-        key = unpack_value(packed_key, tensors, depth + 1)
+    inner = _one_deeper(depth)
+    keys = [unpack_value(key, tensors, inner) for key, _ in body]
+    for key in keys:
         if not isinstance(key, _KEY_TYPES):
             raise ProtocolError(f"value: a dict key cannot be a {type(key).__name__}")
-        unpacked[key] = unpack_value(packed_value, tensors, depth + 1)
+    if _has_too_many_numbers(keys):
+        raise ProtocolError(f"value: a dict has more than {MAX_NUMBER_KEYS} numbers as keys")
+    values = [unpack_value(value, tensors, inner) for _, value in body]
+    unpacked = dict(zip(keys, values, strict=True))
     if len(unpacked) != len(body):
         raise ProtocolError("value: a dict has the same key twice")
     return unpacked

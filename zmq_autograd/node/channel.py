@@ -1,0 +1,294 @@
+"""A session on its link: carries out what the session decides, and lets callers await replies.
+
+Owns the futures of the requests sent over it, its handlers' tasks, and the one timer that the
+session asks for.  Decides nothing: that is `zmq_autograd.session`'s.  Everything here runs in the
+event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from zmq_autograd.errors import DeadlineExceeded, ProtocolError, ZmqAutogradError
+from zmq_autograd.node.current import shortened
+from zmq_autograd.session import (
+    Action,
+    Close,
+    FinishRequest,
+    HandleRequest,
+    Identity,
+    Opened,
+    Send,
+    Session,
+    State,
+    StopRequest,
+    error_response,
+)
+from zmq_autograd.transport import Link, LinkClosed
+from zmq_autograd.wire import Buffer, Envelope, check_fits, encode, open_envelope
+from zmq_autograd.wire.messages import Message, Reply, Request
+
+
+class ChannelOwner(Protocol):
+    """What a channel needs of its node."""
+
+    me: Identity
+    lost_after: float
+
+    def channel_opened(self, channel: Channel) -> None:
+        """Hear that the peer said who it is."""
+
+    def channel_closed(self, channel: Channel) -> None:
+        """Hear that the channel is gone.  Called once, opened or not."""
+
+    def handle(self, channel: Channel, request: HandleRequest) -> asyncio.Task[None]:
+        """Start a task that handles `request` and replies through `Channel.reply`."""
+
+
+class Channel:
+    """One session with one peer, over one link."""
+
+    def __init__(self, owner: ChannelOwner, address: str, *, dialled: bool) -> None:
+        """Make a channel without a link yet.
+
+        Args:
+            owner: the node it belongs to.
+            address: the endpoint dialled, or where the peer came from.
+            dialled: this side dialled.
+        """
+        self.address = address
+        # The worker at the other end as its user holds it; the owner sets it on opening.
+        self.peer: Any = None
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._session = Session(
+            owner.me, address, self._loop.time, dialled=dialled, lost_after=owner.lost_after
+        )
+        self._link: Link | None = None
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        # Requests above the number that the peer lets run at once, in order, by request id.
+        self._held: dict[int, list[Buffer]] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed_because = "the connection is not open"
+
+    @property
+    def identity(self) -> Identity | None:
+        """Who the peer is, None before the handshake."""
+        return self._session.peer
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can be sent."""
+        return self._session.state is State.OPEN
+
+    # --- opening and closing ---------------------------------------------------------------------
+
+    def attach(self, link: Link) -> None:
+        """Use `link`, which has just been made, from now on."""
+        self._link = link
+
+    async def shake_hands(self, timeout: float | None) -> None:
+        """Open the session over the attached link; the dialling side's part.
+
+        Raises:
+            ZmqAutogradError: the peer refused, broke the protocol or was lost.
+            DeadlineExceeded: it did not answer within `timeout` seconds.
+
+        On any failure, cancellation included, the channel is closed.
+        """
+        hello = self._session.start(timeout)
+        request_id = hello.envelope.request_id
+        self._replies[request_id] = welcome = self._loop.create_future()
+        try:
+            self._perform([hello])
+            self._arm()
+            await welcome
+        except BaseException:
+            self.close("the handshake failed")
+            raise
+        finally:
+            self._replies.pop(request_id, None)
+
+    def close(self, reason: str) -> None:
+        """End the session; whoever awaits something of the peer gets WorkerLost.  Idempotent."""
+        self._perform(self._session.lose(reason))
+
+    # --- our requests ----------------------------------------------------------------------------
+
+    async def request(self, message: Request, timeout: float | None) -> Reply:
+        """Send `message` and return its reply.
+
+        The message's tensors have been read when this first suspends.
+
+        Args:
+            message: any request.
+            timeout: seconds to wait for the reply, None for ever; never more than the request
+                that the calling code serves has left.
+
+        Raises:
+            SerializationError: something in it cannot travel; nothing was sent.
+            ResourceExhausted: it is larger than the peer takes in; nothing was sent.
+            DeadlineExceeded: no reply in time.
+            WorkerLost: the peer was lost before it replied.
+            ZmqAutogradError: what the peer replied instead, an error.
+
+        Cancelling it tells the peer to stop.
+        """
+        timeout = shortened(timeout)
+        if not self.is_open:
+            raise self._session.loss(self._closed_because)
+        if timeout is not None and timeout <= 0:
+            name = self._session.peer_name
+            raise DeadlineExceeded(f"no time was left to ask worker {name!r}", workers=(name,))
+        envelope = self._session.request(type(message), timeout)
+        request_id = envelope.request_id
+        try:
+            frames = self._encoded(message, envelope)
+        except ZmqAutogradError:
+            self._session.forget(request_id)
+            raise
+        has_room = len(self._replies) < self._room()
+        # The future comes first: sending may find the link broken and end the request at once.
+        reply: asyncio.Future[Reply] = self._loop.create_future()
+        self._replies[request_id] = reply
+        if has_room:
+            self._send(frames)
+        else:
+            self._held[request_id] = [bytes(frame) for frame in frames]
+        self._arm()
+        try:
+            return await reply
+        except asyncio.CancelledError:
+            self._perform(self._session.cancel(request_id))
+            raise
+        finally:
+            del self._replies[request_id]
+            self._held.pop(request_id, None)
+            self._send_held()
+
+    def _send_held(self) -> None:
+        while self._held and len(self._replies) - len(self._held) < self._room():
+            self._send(self._held.pop(next(iter(self._held))))
+
+    def _room(self) -> int:
+        return self.identity.limits.requests if self.identity else 1
+
+    # --- the peer's requests ---------------------------------------------------------------------
+
+    def reply(self, request_id: int, reply: Reply) -> None:
+        """Answer the peer's request, unless nobody awaits that any more."""
+        envelope = self._session.reply(request_id)
+        if envelope is None:
+            return
+        try:
+            frames = self._encoded(reply, envelope)
+        except ZmqAutogradError as error:
+            frames = self._encoded(error_response(error, self._owner.me.name), envelope)
+        self._send(frames)
+
+    # --- what the link tells (LinkHandler) -------------------------------------------------------
+
+    def frames_received(self, link: Link, frames: list[memoryview]) -> None:
+        """Take one message in."""
+        try:
+            envelope, message = open_envelope(frames, self._owner.me.limits, adopt=True)
+        except ProtocolError as error:
+            self._perform(self._session.receive_malformed(error))
+        else:
+            self._perform(self._session.receive(envelope, message))
+        self._arm()
+
+    def message_refused(self, link: Link, reason: str) -> None:
+        """Take in that a message over the limits was thrown away."""
+        self._perform(self._session.receive_malformed(ProtocolError(reason)))
+
+    def link_lost(self, link: Link, reason: str) -> None:
+        """Take in that the link is gone."""
+        self.close(reason)
+
+    # --- carrying out ----------------------------------------------------------------------------
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(envelope, message):
+                    self._send(self._encoded(message, envelope))
+                case Opened():
+                    self._opened()
+                case HandleRequest(request_id):
+                    self._start(request_id, action)
+                case StopRequest(request_id):
+                    self._stop(request_id)
+                case FinishRequest(request_id, outcome):
+                    self._finish(request_id, outcome)
+                case Close(reason):
+                    self._close(reason)
+
+    def _opened(self) -> None:
+        if self._link:
+            self._link.admit()
+        self._owner.channel_opened(self)
+
+    def _start(self, request_id: int, action: HandleRequest) -> None:
+        task = self._tasks[request_id] = self._owner.handle(self, action)
+        task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
+
+    def _stop(self, request_id: int) -> None:
+        if task := self._tasks.pop(request_id, None):
+            task.cancel()
+
+    def _finish(self, request_id: int, outcome: Reply | ZmqAutogradError) -> None:
+        future = self._replies.get(request_id)
+        if future is None or future.done():
+            return
+        if isinstance(outcome, ZmqAutogradError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def _close(self, reason: str) -> None:
+        self._closed_because = reason
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._link:
+            self._link.close()
+        self._owner.channel_closed(self)
+
+    def _encoded(self, message: Message, envelope: Envelope) -> list[Buffer]:
+        frames = encode(message, envelope)
+        if self.identity:
+            check_fits(frames, self.identity.limits, self.identity.name)
+        return frames
+
+    def _send(self, frames: list[Buffer]) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.send(frames)
+        except LinkClosed as error:
+            self.close(str(error))
+
+    # --- time ------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Have the timer ring when the session wants it to."""
+        if self._session.state is State.CLOSED:
+            return
+        due = self._session.wakeup()
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._link is None:
+            return
+        silence = self._link.silence()
+        self._perform(self._session.tick(silence.received, silence.acknowledged))
+        self._arm()

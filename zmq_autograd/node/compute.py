@@ -1,0 +1,155 @@
+"""Threads for what would block the event loop: as many as there is work at once, never fewer.
+
+A pool of fixed size starves when calls nest and come back to it.  This one starts a thread whenever
+none is idle; idle ones end after a while.  How much may run at once is bounded by the limit on
+requests under way, not here.  Threads are daemons: a computation that never ends cannot keep the
+process from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from zmq_autograd.node.current import applied, current_call, current_modes
+from zmq_autograd.wire.messages import Modes
+
+T = TypeVar("T")
+
+IDLE_SECONDS: Final = 10.0
+"""Seconds after which an idle thread ends."""
+
+Work = Callable[[], None]
+
+
+class ComputePool:
+    """Threads that run blocking functions for one worker."""
+
+    def __init__(self, name: str) -> None:
+        """Make a pool without threads; `name` begins their names."""
+        self._name = name
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0  # threads that wait and are not yet promised work
+        self._threads: set[threading.Thread] = set()
+        self._numbers = itertools.count()
+        self._closed = False
+
+    async def run(
+        self, function: Callable[[], T], *, on_finished: Callable[[], None] | None = None
+    ) -> T:
+        """Run `function` in a thread and return its result.
+
+        Runs in a copy of the caller's context variables and under the modes of torch that hold
+        at the caller.  Cancelling it stops the waiting, not the thread.
+
+        Args:
+            function: takes no arguments.
+            on_finished: called on the loop once the thread is done with it, cancelled or not.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        context = contextvars.copy_context()
+        modes = current_modes()
+
+        def work() -> None:
+            result, error = None, None
+            try:
+                result = context.run(_run_under, modes, function)
+            except BaseException as raised:  # noqa: BLE001  # the caller gets it, whatever it is
+                error = raised
+            try:
+                loop.call_soon_threadsafe(_finish, future, result, error, on_finished)
+            except RuntimeError:
+                return  # the loop is closed: nobody is left to be told
+
+        self._submit(work)
+        return await future
+
+    def close(self) -> list[threading.Thread]:
+        """End the threads as they become idle and return those that are still busy."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        for _ in threads:
+            self._queue.put(None)
+        return threads
+
+    def _submit(self, work: Work) -> None:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"compute pool {self._name!r} is closed")
+            if self._idle:
+                self._idle -= 1
+            else:
+                name = f"{self._name}-compute-{next(self._numbers)}"
+                thread = threading.Thread(target=self._serve, name=name, daemon=True)
+                self._threads.add(thread)
+                thread.start()
+        self._queue.put(work)
+
+    def _serve(self) -> None:
+        while (work := self._next_work()) is not None:
+            work()
+            del work  # an idle thread must not keep tensors alive
+            with self._lock:
+                self._idle += 1
+        with self._lock:
+            self._threads.discard(threading.current_thread())
+
+    def _next_work(self) -> Work | None:
+        while True:
+            try:
+                return self._queue.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if self._idle:  # else work is on its way to this thread
+                        self._idle -= 1
+                        return None
+
+
+_shared_pool: Final = ComputePool("za")
+
+
+async def compute(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Run ``function(*args, **kwargs)`` in a compute thread and return its result.
+
+    For what takes long or holds the loop up: a module's forward, an optimizer's step.  The context,
+    the call and torch's modes (grad, inference, autocast) at the caller hold in the thread too.
+
+    Raises:
+        Exception: whatever `function` raises.
+
+    Cancelling it stops the waiting; the thread finishes and its result is dropped.
+    """
+    call = current_call.get()
+    pool = _shared_pool if call is None else call.node.pool
+    return await pool.run(lambda: function(*args, **kwargs))
+
+
+def _run_under(modes: Modes, function: Callable[[], T]) -> T:
+    with applied(modes):
+        return function()
+
+
+def _finish(
+    future: asyncio.Future[Any],
+    result: Any,
+    error: BaseException | None,
+    on_finished: Callable[[], None] | None,
+) -> None:
+    if on_finished:
+        on_finished()
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, StopIteration):  # which a future refuses
+        future.set_exception(RuntimeError(f"the function raised StopIteration: {error}"))
+    else:
+        future.set_exception(error)

@@ -1,0 +1,114 @@
+"""Which handler takes a request, and what becomes of its outcome.
+
+Owns the table of handlers by message type: the defaults, and those that the user put above them.
+A handler is one coroutine function from ``(request, peer)`` to the reply; whatever it raises goes
+to the sender as an `ErrorResponse`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from zmq_autograd.errors import ConfigurationError, WorkerLost
+from zmq_autograd.node.current import Call, current_call
+from zmq_autograd.session import HandleRequest, error_response
+from zmq_autograd.wire.messages import (
+    ErrorResponse,
+    ForwardRequest,
+    Hello,
+    Modes,
+    Reply,
+    Request,
+)
+
+logger = logging.getLogger("zmq_autograd")
+
+Handler = Callable[[Any, Any], Awaitable[Reply]]
+
+
+class Replies(Protocol):
+    """What the dispatcher needs of a channel."""
+
+    peer: Any
+
+    def reply(self, request_id: int, reply: Reply) -> None:
+        """Answer the request."""
+
+
+class Dispatcher:
+    """The handlers of one worker."""
+
+    def __init__(self, worker: str, *, send_tracebacks: bool) -> None:
+        """Make a dispatcher without handlers.
+
+        Args:
+            worker: the worker's name.
+            send_tracebacks: tell peers where in this worker's code a handler raised.
+        """
+        self.worker = worker
+        self._send_tracebacks = send_tracebacks
+        self._defaults: dict[type[Request], Handler] = {}
+        self._handlers: dict[type[Request], Handler] = {}
+
+    def add_default(self, kind: type[Request], handler: Handler) -> None:
+        """Handle requests of type `kind` by `handler` where the user has none."""
+        self._defaults[kind] = handler
+
+    def add(self, kind: type[Request], handler: Handler) -> None:
+        """Handle requests of type `kind` by `handler`, above the default.
+
+        Raises:
+            ConfigurationError: `kind` is no request, or has a handler already.
+        """
+        if not (isinstance(kind, type) and issubclass(kind, Request)) or kind in (Request, Hello):
+            raise ConfigurationError(
+                f"handler: expected a request type of za.messages, got {kind!r}"
+            )
+        if kind in self._handlers:
+            raise ConfigurationError(
+                f"worker {self.worker!r} has a handler for {kind.__name__} already"
+            )
+        self._handlers[kind] = handler
+
+    async def default(self, request: Request, peer: Any) -> Reply:
+        """Handle `request` as if the user had no handler for it."""
+        handler = self._defaults.get(type(request))
+        if handler is None:
+            return ErrorResponse(
+                "unsupported",
+                f"{type(request).__name__} has no default handler",
+                self.worker,
+                type_name="NotImplementedError",
+                path=(self.worker,),
+            )
+        return await handler(request, peer)
+
+    async def run(self, request: HandleRequest, channel: Replies, worker: Any, node: Any) -> None:
+        """Handle `request` and reply; never raises but when cancelled.
+
+        When cancelled, the reply says that this worker is leaving: where it was the sender that
+        cancelled, nobody awaits it, and it goes nowhere.
+        """
+        message, request_id = request.message, request.request_id
+        modes = message.modes if isinstance(message, ForwardRequest) else Modes()
+        current_call.set(Call(worker, channel.peer, node, request.deadline, modes))
+        kind: type[Request] = type(message)
+        handler: Handler = self._handlers.get(kind, self.default)
+        try:
+            reply = await handler(message, channel.peer)
+            if not isinstance(reply, (kind.reply, ErrorResponse)):
+                raise TypeError(
+                    f"the handler of {kind.__name__}: expected {kind.reply.__name__}, "
+                    f"got {type(reply).__name__}"
+                )
+        except asyncio.CancelledError:
+            leaving = WorkerLost(self.worker, node.me.incarnation, "it is leaving")
+            channel.reply(request_id, error_response(leaving, self.worker))
+            raise
+        except Exception as error:  # whatever it is, it goes to the sender
+            logger.debug("handler of %s raised", type(message).__name__, exc_info=True)
+            reply = error_response(error, self.worker, send_traceback=self._send_tracebacks)
+        channel.reply(request_id, reply)

@@ -1,0 +1,216 @@
+"""One running worker inside: listens, dials, keeps the channels, and ties the floors together.
+
+Knows transport, session and dispatcher; of what its user holds it knows only what the functions
+passed to it make.  The facade above it is `zmq_autograd.worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from zmq_autograd.errors import ConfigurationError, DeadlineExceeded, WorkerLost
+from zmq_autograd.node import defaults
+from zmq_autograd.node.channel import Channel
+from zmq_autograd.node.compute import ComputePool
+from zmq_autograd.node.dispatcher import Dispatcher
+from zmq_autograd.node.registry import Registry
+from zmq_autograd.session import HandleRequest, Identity, error_response
+from zmq_autograd.transport import Link, Listener, Transports
+
+logger = logging.getLogger("zmq_autograd")
+
+CANCEL_SECONDS: Final = 1.0
+"""Seconds that handlers have to end once they are cancelled."""
+
+
+class Node:
+    """The inside of one running worker.  Lives in one event loop, from `start` to `close`."""
+
+    def __init__(
+        self,
+        me: Identity,
+        worker: Any,
+        registry: Registry,
+        dispatcher: Dispatcher,
+        *,
+        lost_after: float,
+        make_peer: Callable[[Channel], Any],
+    ) -> None:
+        """Make a node that is not started.
+
+        Args:
+            me: who it is.
+            worker: the worker as its user holds it.
+            registry: what it offers by name.
+            dispatcher: its handlers.
+            lost_after: seconds of silence after which a peer counts as lost.
+            make_peer: makes what users hold of the worker at the other end of a channel.
+        """
+        self.me = me
+        self.lost_after = lost_after
+        self.pool = ComputePool(me.name)
+        self._worker = worker
+        self._dispatcher = dispatcher
+        self._make_peer = make_peer
+        self._transport = Transports(me.limits)
+        self._listeners: list[Listener] = []
+        self._channels: set[Channel] = set()
+        # The channel, or the attempt at one, for each endpoint that was dialled.
+        self._dialled: dict[str, asyncio.Task[Channel]] = {}
+        self._handling: set[asyncio.Task[None]] = set()
+        self._leaving = False
+        defaults.add_to(dispatcher, registry, self)
+
+    @property
+    def endpoints(self) -> list[str]:
+        """The endpoints it listens on, with real ports."""
+        return [listener.endpoint for listener in self._listeners]
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels that are open."""
+        return [channel for channel in self._channels if channel.is_open]
+
+    async def start(self, endpoints: Iterable[str]) -> None:
+        """Listen on `endpoints`.
+
+        Raises:
+            ConfigurationError: one is malformed or cannot be bound; nothing stays open.
+        """
+        try:
+            for endpoint in endpoints:
+                self._listeners.append(await self._transport.listen(endpoint, self._accept))
+        except BaseException:
+            await self.close(0.0)
+            raise
+
+    async def connect(self, endpoint: str, timeout: float | None) -> Channel:
+        """Return the open channel to `endpoint`, dialling if there is none.
+
+        Raises:
+            ConfigurationError: the endpoint is malformed, or this node has been closed.
+            WorkerLost: nobody answered within `timeout` seconds, or the peer left at once.
+            DeadlineExceeded: the peer is there but did not finish the handshake in time.
+            ProtocolError: the peer speaks another protocol or version.
+        """
+        dialled = self._dialled.get(endpoint)
+        if dialled and dialled.done() and not _gives_open(dialled):
+            dialled = None
+        if dialled is None:
+            if self._leaving:
+                raise ConfigurationError(f"worker {self.me.name!r} is not running")
+            dialled = asyncio.create_task(self._dial(endpoint, timeout))
+            self._dialled[endpoint] = dialled
+            dialled.add_done_callback(lambda task: self._forget_failure(endpoint, task))
+        try:
+            # Shielded, since others may wait for the same attempt; bounded, since theirs may be
+            # more patient than this caller.
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(dialled)
+        except TimeoutError as error:
+            if isinstance(error, DeadlineExceeded):
+                raise
+            raise DeadlineExceeded(
+                f"worker at {endpoint} did not answer within {timeout:g} s", workers=(endpoint,)
+            ) from None
+
+    async def close(self, drain: float) -> None:
+        """Take no more requests, let those under way finish, and close everything.
+
+        Returns within `drain` seconds and what the transport needs to hand over what was queued;
+        whatever runs longer is cancelled.
+        """
+        self._leaving = True
+        await self._drain(drain)
+        for task in self._dialled.values():
+            task.cancel()
+        for channel in list(self._channels):
+            channel.close(f"worker {self.me.name!r} left")
+        for listener in self._listeners:
+            listener.close()
+        await self._transport.close()
+        busy = self.pool.close()
+        if busy:
+            await self._join(busy)
+
+    # --- channels --------------------------------------------------------------------------------
+
+    def _accept(self, link: Link) -> Channel:
+        channel = Channel(self, link.address, dialled=False)
+        channel.attach(link)
+        self._channels.add(channel)
+        return channel
+
+    async def _dial(self, endpoint: str, timeout: float | None) -> Channel:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        channel = Channel(self, endpoint, dialled=True)
+        channel.attach(await self._transport.dial(endpoint, channel, timeout))
+        self._channels.add(channel)
+        left = None if timeout is None else max(0.0, timeout - (loop.time() - started))
+        await channel.shake_hands(left)
+        return channel
+
+    def _forget_failure(self, endpoint: str, task: asyncio.Task[Channel]) -> None:
+        if not _gives_open(task) and self._dialled.get(endpoint) is task:
+            del self._dialled[endpoint]
+
+    def channel_opened(self, channel: Channel) -> None:
+        """Make what users hold of the peer."""
+        channel.peer = self._make_peer(channel)
+
+    def channel_closed(self, channel: Channel) -> None:
+        """Forget the channel."""
+        self._channels.discard(channel)
+        dialled = self._dialled.get(channel.address)
+        if dialled and dialled.done() and not _gives_open(dialled):
+            del self._dialled[channel.address]
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def handle(self, channel: Channel, request: HandleRequest) -> asyncio.Task[None]:
+        """Start handling a request of the peer's."""
+        run = self._refuse if self._leaving else self._run
+        task = asyncio.create_task(run(request, channel))
+        self._handling.add(task)
+        task.add_done_callback(self._handling.discard)
+        return task
+
+    async def _run(self, request: HandleRequest, channel: Channel) -> None:
+        await self._dispatcher.run(request, channel, self._worker, self)
+
+    async def _refuse(self, request: HandleRequest, channel: Channel) -> None:
+        leaving = WorkerLost(self.me.name, self.me.incarnation, "it is leaving")
+        channel.reply(request.request_id, error_response(leaving, self.me.name))
+
+    # --- leaving ---------------------------------------------------------------------------------
+
+    async def _drain(self, seconds: float) -> None:
+        """Wait for the handlers, then cancel those that are left."""
+        # A handler may close its own worker; it must not wait for itself.
+        handling = self._handling - {asyncio.current_task()}
+        if handling:
+            await asyncio.wait(handling, timeout=seconds)
+        handling = self._handling - {asyncio.current_task()}
+        for task in handling:
+            task.cancel()
+        if handling:
+            _, stuck = await asyncio.wait(handling, timeout=CANCEL_SECONDS)
+            for task in stuck:
+                logger.warning(
+                    "worker %r: a handler ignores its cancellation: %s", self.me.name, task
+                )
+
+    async def _join(self, threads: Iterable[Any]) -> None:
+        """Wait a moment for idle compute threads to end, so that none outlives its worker."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CANCEL_SECONDS
+        for thread in threads:
+            await asyncio.to_thread(thread.join, max(0.0, until - loop.time()))
+
+
+def _gives_open(task: asyncio.Task[Channel]) -> bool:
+    return not task.cancelled() and task.exception() is None and task.result().is_open

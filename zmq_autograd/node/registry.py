@@ -1,0 +1,210 @@
+"""What a worker offers by name: a closed table of callables, filled by its owner alone.
+
+Everything a name can reach is put here when it is registered, methods included, so that no
+attribute is ever looked up by a name that arrived.  A name that is missing and a name that is not
+for this peer give the same answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from torch import Tensor
+from torch.nn import Module
+
+from zmq_autograd.errors import ConfigurationError, NotRegistered
+from zmq_autograd.node.compute import ComputePool
+
+RESERVED_PREFIX: Final = "za."
+"""Names that the library itself registers."""
+
+Expose = Collection[str] | Literal["module"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One callable.
+
+    Attributes:
+        function: what runs.
+        turns: lets so many run at once; None where all may.
+        allow: names of the workers that may call it, None for all that are connected.
+        idempotent: running it twice does no harm: it may be retried.
+    """
+
+    function: Callable[..., Any]
+    turns: asyncio.Semaphore | None = None
+    allow: frozenset[str] | None = None
+    idempotent: bool = False
+
+    async def call(self, args: Iterable[Any], kwargs: dict[str, Any], pool: ComputePool) -> Any:
+        """Run it: a coroutine function on the loop, any other in a compute thread.
+
+        Cancelling it cancels a coroutine; a thread finishes, and keeps its turn until then.
+        """
+        if self.turns is None:
+            return await self._run(args, kwargs, pool, None)
+        await self.turns.acquire()
+        if is_async(self.function):
+            try:
+                return await self.function(*args, **kwargs)
+            finally:
+                self.turns.release()
+        return await self._run(args, kwargs, pool, self.turns.release)
+
+    async def _run(
+        self,
+        args: Iterable[Any],
+        kwargs: dict[str, Any],
+        pool: ComputePool,
+        on_finished: Callable[[], None] | None,
+    ) -> Any:
+        if is_async(self.function):
+            return await self.function(*args, **kwargs)
+        call = functools.partial(self.function, *args, **kwargs)
+        result = await pool.run(call, on_finished=on_finished)
+        # A plain function may hand on a call it made: `lambda x: bob.call("stage", x)`.
+        return await result if inspect.isawaitable(result) else result
+
+
+class Registry:
+    """The table of one worker."""
+
+    def __init__(self, worker: str) -> None:
+        """Make an empty table for the worker named `worker`."""
+        self.worker = worker
+        self._entries: dict[str, Entry] = {}
+
+    def find(self, name: str, peer: str) -> Entry:
+        """Return what `peer` may call by `name`.
+
+        Raises:
+            NotRegistered: nothing of that name, or not for this peer.
+        """
+        entry = self._entries.get(name)
+        if entry is None or (entry.allow is not None and peer not in entry.allow):
+            raise NotRegistered(
+                f"nothing is registered as {name[:200]!r} for worker {peer!r}",
+                type_name=NotRegistered.__name__,
+                worker=self.worker,
+            )
+        return entry
+
+    def register(
+        self,
+        target: Any,
+        name: str | None = None,
+        *,
+        expose: Expose = (),
+        allow: Collection[str] | None = None,
+        concurrency: int | None = None,
+        idempotent: bool = False,
+        internal: bool = False,
+    ) -> None:
+        """Offer `target`, and those of its methods that are named.
+
+        Args:
+            target: a function, a class, a module or any other object.
+            name: what peers call it; by default a function's or class's own name.
+            expose: names of methods that peers may call, as ``name.method``; or ``"module"``
+                for all that a remote module needs.
+            allow: names of the workers that may call it; None for all that are connected.
+            concurrency: how many may run at once; by default all of a function's calls, one of
+                an object's.
+            idempotent: running it twice does no harm: it may be retried.
+            internal: the library itself registers it, under a reserved name.
+
+        Raises:
+            ConfigurationError: the name is missing, malformed or taken, or a method is not there.
+        """
+        name = _checked_name(target, name, internal=internal)
+        if concurrency is not None and (type(concurrency) is not int or concurrency < 1):
+            raise ConfigurationError(f"concurrency: expected an int above 0, got {concurrency!r}")
+        if isinstance(allow, str):
+            raise ConfigurationError(f"allow: expected a collection of names, got {allow!r}")
+        is_function = inspect.isroutine(target) or isinstance(target, functools.partial)
+        slots = concurrency or (None if is_function or inspect.isclass(target) else 1)
+        turns = None if slots is None else asyncio.Semaphore(slots)
+        functions = _methods(target, name, expose)
+        if callable(target):
+            functions[name] = target
+        for taken in functions.keys() & self._entries.keys():
+            raise ConfigurationError(f"worker {self.worker!r} has registered {taken!r} already")
+        if not functions:
+            raise ConfigurationError(
+                f"{name!r} is not callable and exposes no method: there is nothing to offer"
+            )
+        allowed = None if allow is None else frozenset(allow)
+        for key, function in functions.items():
+            self._entries[key] = Entry(function, turns, allowed, idempotent)
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Say whether calling `function` makes a coroutine."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or (
+        not inspect.isclass(function)
+        and not inspect.isroutine(function)
+        and inspect.iscoroutinefunction(type(function).__call__)
+    )
+
+
+def _checked_name(target: Any, name: str | None, *, internal: bool) -> str:
+    if name is None:
+        name = getattr(target, "__name__", None)
+        if name is None or name == "<lambda>":
+            raise ConfigurationError(f"{type(target).__name__} has no name: register it with name=")
+    if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
+        raise ConfigurationError(f"name: expected up to 200 printable characters, got {name!r}")
+    if name.startswith(RESERVED_PREFIX) and not internal:
+        raise ConfigurationError(f"name {name!r}: names that begin with 'za.' are reserved")
+    return name
+
+
+def _methods(target: Any, name: str, expose: Expose) -> dict[str, Callable[..., Any]]:
+    if expose == "module":
+        if not isinstance(target, Module):
+            raise ConfigurationError(
+                f"expose='module': expected an nn.Module, got {type(target).__name__}"
+            )
+        return {f"{name}.{key}": method for key, method in _module_methods(target).items()}
+    if isinstance(expose, str):
+        raise ConfigurationError(f"expose: expected names of methods or 'module', got {expose!r}")
+    methods: dict[str, Callable[..., Any]] = {}
+    for key in expose:
+        method = getattr(target, key, None)
+        if not callable(method):
+            raise ConfigurationError(f"expose: {name!r} has no method {key!r}")
+        methods[f"{name}.{key}"] = method
+    return methods
+
+
+def _module_methods(module: Module) -> dict[str, Callable[..., Any]]:
+    """Return what of `module` can be called from afar, with results that can travel."""
+
+    def state_dict() -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in module.state_dict().items()}
+
+    def load_state_dict(state: dict[str, Tensor], strict: bool = True) -> None:
+        module.load_state_dict(state, strict=strict)
+
+    def train(mode: bool = True) -> None:
+        module.train(mode)
+
+    def evaluate() -> None:
+        module.eval()
+
+    return {
+        "forward": module,  # through __call__, so that hooks run
+        "state_dict": state_dict,
+        "load_state_dict": load_state_dict,
+        "train": train,
+        "eval": evaluate,
+        "zero_grad": module.zero_grad,
+    }

@@ -1,0 +1,166 @@
+"""What a user holds of another worker: `RemoteWorker`, and functions on it.
+
+Knows the node by one narrow protocol, `Requests`; never the worker it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol, cast
+
+from torch import Tensor
+
+from zmq_autograd.node import current_modes
+from zmq_autograd.session import Identity
+from zmq_autograd.wire.messages import (
+    AutogradMetadata,
+    ForwardRequest,
+    ForwardResponse,
+    PropagateGradientsRequest,
+    PropagateGradientsResponse,
+    Reply,
+    Request,
+)
+from zmq_autograd.wire.values import tensors_in
+
+DEFAULT_TIMEOUT: Final = 60.0
+"""Seconds that a call waits for its reply by default, as in torch.distributed.rpc."""
+
+
+class Requests(Protocol):
+    """What a remote worker needs of the node: one open session."""
+
+    @property
+    def address(self) -> str:
+        """Where the peer is."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """Who the peer is."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can be sent."""
+
+    async def request(self, message: Request, timeout: float | None) -> Reply:
+        """Send a request and return its reply."""
+
+
+class RemoteWorker:
+    """Another worker, as long as the session with it lasts.
+
+    Got from `Worker.connect`, or passed to a handler.  Once the worker is lost every use raises
+    WorkerLost; connecting again gives a new one.
+
+    Attributes:
+        name: the name it told.
+        incarnation: which life of it, 32 hexadecimal digits.
+        endpoint: the endpoint dialled, or the address it came from.
+    """
+
+    def __init__(self, session: Requests) -> None:
+        """Hold the peer of `session`, which is open."""
+        identity = session.identity
+        self._session = session
+        self.name = identity.name if identity else ""
+        self.incarnation = identity.incarnation if identity else ""
+        self.endpoint = session.address
+
+    def __repr__(self) -> str:
+        lost = "" if self.is_connected else ", lost"
+        return f"<RemoteWorker {self.name!r} at {self.endpoint}{lost}>"
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the session lasts."""
+        return self._session.is_open
+
+    async def call(
+        self, function: str, /, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any
+    ) -> Any:
+        """Call a function that the worker has registered and return its result.
+
+        Args:
+            function: its name; ``name.method`` for a method of a registered object.
+            args: tensors, numbers, str, bytes, None, and lists, tuples and dicts of them.
+            timeout: seconds to wait for the result, None for ever; inside a handler never more
+                than the call that it serves has left.
+            kwargs: like `args`.
+
+        Raises:
+            SerializationError: an argument cannot travel; nothing was sent.
+            ResourceExhausted: the arguments are larger than the worker takes in.
+            NotRegistered: it offers nothing of that name to this worker.
+            RemoteError: the function raised.
+            DeadlineExceeded: no result in time; the other side is told to stop.
+            WorkerLost: the worker, or one behind it, was lost meanwhile.
+
+        The arguments have been read when this first suspends.  Cancelling it cancels a coroutine
+        on the other side; a function in a thread finishes there, and its result is dropped.
+        """
+        return await self._call(function, args, kwargs, timeout)
+
+    def function(
+        self, function: str, /, *, timeout: float | None = DEFAULT_TIMEOUT
+    ) -> Callable[..., Awaitable[Any]]:
+        """Return a coroutine function that calls `function` there; every keyword is the callee's.
+
+        Args:
+            function: its name, as for `call`.
+            timeout: seconds for each call, as for `call`.
+        """
+
+        async def remote_function(*args: Any, **kwargs: Any) -> Any:
+            return await self._call(function, args, kwargs, timeout)
+
+        remote_function.__name__ = remote_function.__qualname__ = function
+        return remote_function
+
+    async def propagate_gradients(
+        self,
+        grads: Sequence[Tensor | None],
+        *,
+        context_id: int,
+        message_id: int,
+        retain_graph: bool = False,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> PropagateGradientsResponse:
+        """Send gradients back over a forward message, and wait until they are taken over.
+
+        Args:
+            grads: one per tensor of that message, any shape and dtype; None where undefined.
+            context_id: the context.
+            message_id: the forward message.
+            retain_graph: the receiver keeps its graph for another pass.
+            timeout: seconds to wait, None for ever.
+
+        Raises:
+            ZmqAutogradError: as for `call`.
+        """
+        message = PropagateGradientsRequest(
+            AutogradMetadata(context_id, message_id), list(grads), retain_graph
+        )
+        return cast(PropagateGradientsResponse, await self.request(message, timeout=timeout))
+
+    async def request(self, message: Request, *, timeout: float | None = DEFAULT_TIMEOUT) -> Reply:
+        """Send any request and return its reply, which is of the type ``message.reply``.
+
+        Args:
+            message: one of `zmq_autograd.messages`.
+            timeout: seconds to wait, None for ever.
+
+        Raises:
+            ZmqAutogradError: as for `call`.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout: expected seconds >= 0 or None, got {timeout!r}")
+        return await self._session.request(message, timeout)
+
+    async def _call(
+        self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+    ) -> Any:
+        message = ForwardRequest(function, args, kwargs, modes=current_modes())
+        reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
+        for tensor in tensors_in(reply.result):
+            tensor.requires_grad_(False)  # outside a context a call carries values alone
+        return reply.result

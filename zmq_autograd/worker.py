@@ -1,0 +1,355 @@
+"""The worker: what a user starts from.
+
+A facade: it keeps what was registered and configured, and hands everything that runs to a
+`zmq_autograd.node.Node`, a new one for each start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, cast, overload
+
+from zmq_autograd import ids
+from zmq_autograd.errors import ConfigurationError
+from zmq_autograd.node import Dispatcher, Expose, Handler, Node, Registry, current_call
+from zmq_autograd.remote import RemoteWorker
+from zmq_autograd.session import HEARTBEAT_SECONDS, LOST_AFTER_SECONDS, Identity
+from zmq_autograd.transport import is_loopback
+from zmq_autograd.wire import DEFAULT_LIMITS, Limits
+from zmq_autograd.wire.messages import Reply, Request
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Request)
+
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds that `Worker.connect` keeps trying unless told otherwise."""
+
+DRAIN_SECONDS: Final = 10.0
+"""Seconds that requests under way have to finish when a worker leaves, unless told otherwise."""
+
+
+class Worker:
+    """One node of the distributed program, living in one event loop.
+
+    ``async with worker:`` makes it visible to others; leaving that block lets the requests under
+    way finish and closes everything.  Functions, objects and handlers may be registered before
+    and after.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        listen: str | Sequence[str] | None = None,
+        *,
+        insecure: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        lost_after: float = LOST_AFTER_SECONDS,
+        drain: float = DRAIN_SECONDS,
+        tracebacks: bool = True,
+    ) -> None:
+        """Make a worker; nothing is opened yet.
+
+        Args:
+            name: what others call it.
+            listen: endpoints to listen on, ``tcp://127.0.0.1:0`` say, where port 0 takes a free
+                one; None for a worker that only dials out.
+            insecure: listen beyond this machine although nothing is encrypted and nobody has to
+                prove who he is: says that the network is trusted.
+            limits: what it takes in of one message, and how many requests of one peer at once.
+            heartbeat: seconds without anything sent after which peers get a sign of life.
+            lost_after: seconds of silence after which a peer counts as lost.
+            drain: seconds that requests under way have to finish when it leaves.
+            tracebacks: tell peers where in this worker's code a handler raised.
+
+        Raises:
+            ConfigurationError: an argument cannot work, or would listen beyond this machine.
+        """
+        self._listen: list[str] = []
+        self._name = ""
+        self._insecure = insecure
+        self._limits = limits
+        self._heartbeat = heartbeat
+        self._lost_after = lost_after
+        self._drain = drain
+        self._node: Node | None = None
+        self._closed: asyncio.Event | None = None
+        if not heartbeat > 0 or not lost_after > heartbeat:
+            raise ConfigurationError(
+                f"expected 0 < heartbeat < lost_after, got {heartbeat!r} and {lost_after!r}"
+            )
+        self.configure(name=name, listen=listen)
+        self._registry = Registry(name)
+        self._dispatcher = Dispatcher(name, send_tracebacks=tracebacks)
+
+    def __repr__(self) -> str:
+        where = ", ".join(self.endpoints) or "not listening"
+        return f"<Worker {self.name!r} ({where})>"
+
+    def configure(
+        self,
+        *,
+        name: str | None = None,
+        listen: str | Sequence[str] | None = None,
+        insecure: bool | None = None,
+    ) -> None:
+        """Change what was given to the constructor; None leaves it as it is.
+
+        Raises:
+            ConfigurationError: the worker is running, or an argument cannot work.
+        """
+        if self._node is not None:
+            raise ConfigurationError(f"worker {self.name!r} is running: configure it before")
+        if insecure is not None:
+            self._insecure = insecure
+        if name is not None:
+            if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 128:
+                raise ConfigurationError(
+                    f"name: expected 1 to 128 printable characters, got {name!r}"
+                )
+            if self._name:
+                self._registry.worker = self._dispatcher.worker = name
+            self._name = name
+        if listen is not None:
+            endpoints = [listen] if isinstance(listen, str) else list(listen)
+            self._check_reach(endpoints)
+            self._listen = endpoints
+
+    def _check_reach(self, endpoints: Sequence[str]) -> None:
+        for endpoint in endpoints:
+            if not is_loopback(endpoint) and not self._insecure:
+                raise ConfigurationError(
+                    f"worker {self._name!r} would listen on {endpoint}, beyond this machine, where "
+                    "anybody could call it: pass insecure=True if the network is trusted"
+                )
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What others call it."""
+        return self._name
+
+    @property
+    def incarnation(self) -> str:
+        """Which life of it this is, 32 hexadecimal digits; empty while it is not running."""
+        return self._node.me.incarnation if self._node else ""
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Where it listens, with real ports; empty while it is not running."""
+        return self._node.endpoints if self._node else []
+
+    # --- what it offers --------------------------------------------------------------------------
+
+    @overload
+    def register(self, target: T, name: str | None = None, *, expose: Expose = ..., allow: Collection[str] | None = ..., concurrency: int | None = ..., idempotent: bool = ...) -> T: ...  # fmt: skip  # noqa: E501
+    @overload
+    def register(self, target: None = None, name: str | None = None, *, expose: Expose = ..., allow: Collection[str] | None = ..., concurrency: int | None = ..., idempotent: bool = ...) -> Callable[[T], T]: ...  # fmt: skip  # noqa: E501
+
+    def register(
+        self,
+        target: Any = None,
+        name: str | None = None,
+        *,
+        expose: Expose = (),
+        allow: Collection[str] | None = None,
+        concurrency: int | None = None,
+        idempotent: bool = False,
+    ) -> Any:
+        """Offer a function, an object or a class by name; also a decorator, with or without ().
+
+        A plain function runs in a compute thread, a coroutine function on the event loop.
+
+        Args:
+            target: what to offer.
+            name: what peers call it; by default a function's or class's own name.
+            expose: names of methods that peers may call, as ``name.method``; or ``"module"`` for
+                all that a remote module needs.
+            allow: names of the workers that may call it; None for all that are connected.
+            concurrency: how many calls may run at once; by default all of a function's, and one
+                of an object's.
+            idempotent: running it twice does no harm: it may be retried.
+
+        Returns:
+            `target`, or a decorator where it is None.
+
+        Raises:
+            ConfigurationError: the name is missing or taken, or a method is not there.
+        """
+
+        def add(target: Any) -> Any:
+            self._registry.register(
+                target,
+                name,
+                expose=expose,
+                allow=allow,
+                concurrency=concurrency,
+                idempotent=idempotent,
+            )
+            return target
+
+        return add if target is None else add(target)
+
+    def handler(
+        self, kind: type[R]
+    ) -> Callable[
+        [Callable[[R, RemoteWorker], Awaitable[Reply]]],
+        Callable[[R, RemoteWorker], Awaitable[Reply]],
+    ]:
+        """Take over all requests of type `kind`: a decorator for ``async def (request, peer)``.
+
+        It returns the reply, an instance of ``kind.reply``; what it raises goes to the sender.
+        `default_handler` passes a request on.
+
+        Raises:
+            ConfigurationError: `kind` is no request, or has a handler already.
+        """
+
+        def add(
+            handler: Callable[[R, RemoteWorker], Awaitable[Reply]],
+        ) -> Callable[[R, RemoteWorker], Awaitable[Reply]]:
+            self._dispatcher.add(kind, cast(Handler, handler))
+            return handler
+
+        return add
+
+    async def default_handler(self, request: Request, peer: RemoteWorker) -> Reply:
+        """Handle `request` as if no handler had been set for it."""
+        return await self._dispatcher.default(request, peer)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open everything; ``async with`` does it.
+
+        Raises:
+            ConfigurationError: it is running already, or cannot listen.
+        """
+        if self._node is not None:
+            raise ConfigurationError(f"worker {self.name!r} is running already")
+        me = Identity(self.name, ids.new_incarnation(), self._limits, heartbeat=self._heartbeat)
+        self._node = Node(
+            me,
+            self,
+            self._registry,
+            self._dispatcher,
+            lost_after=self._lost_after,
+            make_peer=RemoteWorker,
+        )
+        self._closed = asyncio.Event()
+        try:
+            await self._node.start(self._listen)
+        except BaseException:
+            self._node = None
+            raise
+
+    async def close(self) -> None:
+        """Let requests under way finish, then close everything; idempotent.
+
+        Takes at most the worker's `drain` seconds and a few more, and never raises because of a
+        peer.  Cancelling it leaves the rest of the closing to the next call.
+        """
+        node, self._node = self._node, None
+        if node is None:
+            return
+        try:
+            await node.close(self._drain)
+        except asyncio.CancelledError:
+            self._node = node
+            raise
+        if self._closed:
+            self._closed.set()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def serve_forever(self) -> None:
+        """Wait until SIGINT or SIGTERM comes, or `close` is called.
+
+        Signals are only heard in the main thread.  Cancelling it changes nothing.
+
+        Raises:
+            ConfigurationError: the worker is not running.
+        """
+        if self._closed is None or self._node is None:
+            raise ConfigurationError(f"worker {self.name!r} is not running")
+        loop = asyncio.get_running_loop()
+        hears = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if hears else ()
+        for number in signals:
+            loop.add_signal_handler(number, self._closed.set)
+        try:
+            await self._closed.wait()
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    # --- reaching others -------------------------------------------------------------------------
+
+    async def connect(
+        self, endpoint: str, *, timeout: float | None = CONNECT_TIMEOUT
+    ) -> RemoteWorker:
+        """Return the worker that listens on `endpoint`; the same one while its session lasts.
+
+        Keeps trying while nobody listens there, so that workers may start in any order.
+
+        Args:
+            endpoint: as the other worker's `endpoints` tell it.
+            timeout: seconds, None for ever.
+
+        Raises:
+            ConfigurationError: the endpoint is malformed, or this worker is not running.
+            WorkerLost: nobody answered there in time.
+            DeadlineExceeded: somebody did, but did not shake hands in time.
+            ProtocolError: it speaks another protocol, or another version of it.
+        """
+        if self._node is None:
+            raise ConfigurationError(f"worker {self.name!r} is not running")
+        channel = await self._node.connect(endpoint, timeout)
+        return cast(RemoteWorker, channel.peer)
+
+
+@asynccontextmanager
+async def connect(
+    endpoint: str, *, name: str | None = None, timeout: float | None = CONNECT_TIMEOUT
+) -> AsyncIterator[RemoteWorker]:
+    """Connect to a worker without one's own to think about: ``async with za.connect(...) as bob``.
+
+    Args:
+        endpoint: where it listens.
+        name: what it sees as the caller's name; by default one made up.
+        timeout: seconds, None for ever.
+
+    Raises:
+        ZmqAutogradError: as for `Worker.connect`.
+    """
+    async with Worker(name or f"client-{secrets.token_hex(4)}") as worker:
+        yield await worker.connect(endpoint, timeout=timeout)
+
+
+def current_worker() -> Worker | None:
+    """Return the worker whose handler is running, None outside handlers."""
+    call = current_call.get()
+    return None if call is None else cast(Worker, call.worker)
+
+
+def current_peer() -> RemoteWorker | None:
+    """Return the worker that sent the request being handled, None outside handlers."""
+    call = current_call.get()
+    return None if call is None else cast(RemoteWorker, call.peer)
