@@ -99,6 +99,8 @@ class Channel:
 
         On any failure, cancellation included, the channel is closed.
         """
+        if self._session.state is State.CLOSED:  # the link broke as soon as it was there
+            raise self._session.loss(self._closed_because)
         hello = self._session.start(timeout)
         request_id = hello.envelope.request_id
         self._replies[request_id] = welcome = self._loop.create_future()
@@ -237,7 +239,9 @@ class Channel:
         task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
 
     def _stop(self, request_id: int) -> None:
-        if task := self._tasks.pop(request_id, None):
+        task = self._tasks.pop(request_id, None)
+        # A handler that closes its own worker must not cancel itself in the middle of that.
+        if task and task is not asyncio.current_task():
             task.cancel()
 
     def _finish(self, request_id: int, outcome: Reply | ZmqAutogradError) -> None:

@@ -58,8 +58,10 @@ class Node:
         self._transport = Transports(me.limits)
         self._listeners: list[Listener] = []
         self._channels: set[Channel] = set()
-        # The channel, or the attempt at one, for each endpoint that was dialled.
-        self._dialled: dict[str, asyncio.Task[Channel]] = {}
+        # By endpoint: the open channel, and whose turn it is to dial; one at a time, so that
+        # callers at once share one channel and each keeps its own patience.
+        self._dialled: dict[str, Channel] = {}
+        self._dialling: dict[str, asyncio.Lock] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._leaving = False
         defaults.add_to(dispatcher, registry, self)
@@ -96,26 +98,26 @@ class Node:
             DeadlineExceeded: the peer is there but did not finish the handshake in time.
             ProtocolError: the peer speaks another protocol or version.
         """
-        dialled = self._dialled.get(endpoint)
-        if dialled and dialled.done() and not _gives_open(dialled):
-            dialled = None
-        if dialled is None:
-            if self._leaving:
-                raise ConfigurationError(f"worker {self.me.name!r} is not running")
-            dialled = asyncio.create_task(self._dial(endpoint, timeout))
-            self._dialled[endpoint] = dialled
-            dialled.add_done_callback(lambda task: self._forget_failure(endpoint, task))
+        if self._leaving:
+            raise ConfigurationError(f"worker {self.me.name!r} is not running")
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        turn = self._dialling.setdefault(endpoint, asyncio.Lock())
         try:
-            # Shielded, since others may wait for the same attempt; bounded, since theirs may be
-            # more patient than this caller.
             async with asyncio.timeout(timeout):
-                return await asyncio.shield(dialled)
-        except TimeoutError as error:
-            if isinstance(error, DeadlineExceeded):
-                raise
+                await turn.acquire()
+        except TimeoutError:
             raise DeadlineExceeded(
                 f"worker at {endpoint} did not answer within {timeout:g} s", workers=(endpoint,)
             ) from None
+        try:
+            channel = self._dialled.get(endpoint)
+            if channel is None or not channel.is_open:
+                left = None if timeout is None else max(0.0, timeout + started - loop.time())
+                channel = self._dialled[endpoint] = await self._dial(endpoint, left)
+            return channel
+        finally:
+            turn.release()
 
     async def close(self, drain: float) -> None:
         """Take no more requests, let those under way finish, and close everything.
@@ -125,8 +127,6 @@ class Node:
         """
         self._leaving = True
         await self._drain(drain)
-        for task in self._dialled.values():
-            task.cancel()
         for channel in list(self._channels):
             channel.close(f"worker {self.me.name!r} left")
         for listener in self._listeners:
@@ -154,10 +154,6 @@ class Node:
         await channel.shake_hands(left)
         return channel
 
-    def _forget_failure(self, endpoint: str, task: asyncio.Task[Channel]) -> None:
-        if not _gives_open(task) and self._dialled.get(endpoint) is task:
-            del self._dialled[endpoint]
-
     def channel_opened(self, channel: Channel) -> None:
         """Make what users hold of the peer."""
         channel.peer = self._make_peer(channel)
@@ -165,8 +161,7 @@ class Node:
     def channel_closed(self, channel: Channel) -> None:
         """Forget the channel."""
         self._channels.discard(channel)
-        dialled = self._dialled.get(channel.address)
-        if dialled and dialled.done() and not _gives_open(dialled):
+        if self._dialled.get(channel.address) is channel:
             del self._dialled[channel.address]
 
     # --- requests --------------------------------------------------------------------------------
@@ -210,7 +205,3 @@ class Node:
         until = loop.time() + CANCEL_SECONDS
         for thread in threads:
             await asyncio.to_thread(thread.join, max(0.0, until - loop.time()))
-
-
-def _gives_open(task: asyncio.Task[Channel]) -> bool:
-    return not task.cancelled() and task.exception() is None and task.result().is_open

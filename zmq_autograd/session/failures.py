@@ -139,7 +139,12 @@ def _text(said: object) -> str:
 
 
 def _traceback(error: BaseException) -> str:
-    return _end(_guarded(lambda: "".join(traceback.format_exception(error))))
+    """Format where `error` was raised, from the first frame that is not this package's own."""
+    frames = error.__traceback__
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        frames = frames.tb_next
+    lines = _guarded(lambda: "".join(traceback.format_exception(type(error), error, frames)))
+    return _end(lines)
 
 
 def _guarded(describe: Callable[[], str]) -> str:

@@ -33,6 +33,7 @@ class Liveness:
         """Begin at `now`; `heartbeat` and `lost_after` are in seconds."""
         self._heartbeat = heartbeat
         self._lost_after = lost_after
+        self._cut_after = CUT_AFTER_HEARTBEATS * heartbeat
         self._interval = heartbeat / CHECKS_PER_HEARTBEAT
         self._checked_at = now
         self._sent_at = now
@@ -55,11 +56,14 @@ class Liveness:
 
     def heartbeat_due(self, now: float) -> bool:
         """Say whether a heartbeat should go out."""
-        return now - self._sent_at >= self._heartbeat
+        return now >= self._sent_at + self._heartbeat
 
     def next_check(self) -> float:
         """Return when `check` is due."""
-        return self._checked_at + self._interval
+        dues = [self._checked_at + self._interval, self._sent_at + self._heartbeat]
+        if self._unacknowledged_since is not None:
+            dues.append(self._unacknowledged_since + self._cut_after)
+        return min(due for due in dues if due > self._checked_at)
 
     def check(self, now: float, received_ago: float, acknowledged_ago: float | None) -> str | None:
         """Return why the peer counts as lost, None while it does not.
@@ -78,10 +82,10 @@ class Liveness:
             return None
         if received_ago > self._lost_after:
             return f"frozen: no sign of life for {received_ago:.1f} s"
-        waited = 0.0 if self._unacknowledged_since is None else now - self._unacknowledged_since
-        if acknowledged_ago is not None and waited >= CUT_AFTER_HEARTBEATS * self._heartbeat:
-            return f"cut off: its host acknowledged nothing for {waited:.1f} s"
-        return None
+        since = self._unacknowledged_since
+        if acknowledged_ago is None or since is None or now < since + self._cut_after:
+            return None
+        return f"cut off: its host acknowledged nothing for {now - since:.1f} s"
 
     def _note_acknowledged(self, at: float) -> None:
         if self._unacknowledged_since is not None and at >= self._unacknowledged_since:

@@ -75,7 +75,6 @@ class _Sent:
     """A request of ours that has not ended.  `expects` is the type of its reply."""
 
     expects: type[Reply]
-    deadline: float | None
     timeout: float | None
 
 
@@ -133,7 +132,7 @@ class Session:
         request_id = self._last_sent_id
         now = self._clock()
         deadline = None if timeout is None else now + timeout
-        self._sent[request_id] = _Sent(kind.reply, deadline, timeout)
+        self._sent[request_id] = _Sent(kind.reply, timeout)
         self._deadlines.add(deadline, ours=True, request_id=request_id)
         self._liveness.sent(now)
         return Envelope(self.session_id, request_id, timeout)
