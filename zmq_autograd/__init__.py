@@ -27,6 +27,7 @@ from zmq_autograd.errors import (
     WorkerLost,
     ZmqAutogradError,
 )
+from zmq_autograd.launch.world import init
 from zmq_autograd.node import compute
 from zmq_autograd.remote import RemoteWorker
 from zmq_autograd.wire import Limits, messages
@@ -39,6 +40,7 @@ __all__ = [
     "Worker",
     "RemoteWorker",
     "connect",
+    "init",
     "compute",
     "current_worker",
     "current_peer",

@@ -1,0 +1,126 @@
+"""The command line, `zmq-autograd`: a door without logic of its own.
+
+Reads arguments, calls what does the work, and turns what it raises into an exit code: 0 for
+success, 1 for a failure told in one line, 2 for a command that makes no sense; a launched program's
+own code is passed on.  The work is in `launch.local` and `launch.serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from zmq_autograd.errors import ZmqAutogradError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: what follows the program's name; None takes them from ``sys.argv``.
+
+    Raises:
+        SystemExit: the command makes no sense (code 2), or asks for help or the version (code 0).
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options, parser))
+    except (ZmqAutogradError, OSError) as error:
+        print(f"zmq-autograd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _launch(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from zmq_autograd.launch.local import launch
+
+    if not options.module and not os.path.exists(options.script):
+        parser.error(f"no such script: {options.script}")
+    target = ["-m", options.script] if options.module else [options.script]
+    command = [sys.executable, "-u", *target, *options.arguments]
+    return asyncio.run(launch(command, options.processes, grace=options.grace))
+
+
+def _worker(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from zmq_autograd.launch.serve import load_worker, serve
+
+    worker = load_worker(options.worker)
+    worker.configure(listen=options.listen, name=options.name, insecure=options.insecure)
+
+    def announce(endpoints: Sequence[str]) -> None:
+        for endpoint in endpoints:
+            print(f"listening on {endpoint}", flush=True)
+
+    asyncio.run(serve(worker, announce))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zmq-autograd", description="Distributed autograd for PyTorch over ZeroMQ."
+    )
+    parser.add_argument("--version", action="version", version=version("zmq-autograd"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_launch(commands.add_parser("launch", help="run a script in several local processes"))
+    _add_worker(commands.add_parser("worker", help="run one worker"))
+    return parser
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run a script in several local processes, with torchrun's environment variables. The "
+        "first process that fails ends all, and its exit code is returned."
+    )
+    parser.add_argument(
+        "-n", "--processes", type=_positive, required=True, metavar="N", help="how many processes"
+    )
+    parser.add_argument(
+        "-m", "--module", action="store_true", help="the script is a module's name, as in python -m"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="time between asking processes to end and killing them (default: %(default)s)",
+    )
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the script")
+    parser.set_defaults(run=_launch)
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run the worker that a module defines until SIGINT or SIGTERM; calls under way are "
+        "finished first. Prints each endpoint as `listening on tcp://...`."
+    )
+    parser.add_argument("worker", metavar="MODULE:WORKER", help="as in mypackage.module:worker")
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ENDPOINT",
+        help="as in tcp://127.0.0.1:0; may be repeated (default: what the module says)",
+    )
+    parser.add_argument("--name", help="the worker's name (default: what the module says)")
+    parser.add_argument(
+        "--insecure",
+        action="store_const",
+        const=True,
+        help="listen beyond the loopback address without keys: the network is trusted",
+    )
+    parser.set_defaults(run=_worker)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
