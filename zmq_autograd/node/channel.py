@@ -26,7 +26,7 @@ from zmq_autograd.session import (
     StopRequest,
     error_response,
 )
-from zmq_autograd.transport import Link, LinkClosed
+from zmq_autograd.transport import HIGH_WATER_BYTES, Link, LinkClosed
 from zmq_autograd.wire import Buffer, Envelope, check_fits, encode, open_envelope
 from zmq_autograd.wire.messages import Message, Reply, Request
 
@@ -149,7 +149,7 @@ class Channel:
         request_id = envelope.request_id
         try:
             frames = self._encoded(message, envelope)
-        except ZmqAutogradError:
+        except BaseException:
             self._session.forget(request_id)
             raise
         has_room = len(self._replies) < self._room()
@@ -182,14 +182,29 @@ class Channel:
 
     def reply(self, request_id: int, reply: Reply) -> None:
         """Answer the peer's request, unless nobody awaits that any more."""
-        envelope = self._session.reply(request_id)
-        if envelope is None:
-            return
+        self._answer(request_id, self._reply_frames(request_id, reply))
+
+    async def reply_when_drained(self, request_id: int, reply: Reply) -> None:
+        """Like `reply`, but wait while too much waits to be sent to the peer.
+
+        The reply's tensors have been read when this first suspends.
+        """
+        frames = self._reply_frames(request_id, reply)
+        if self._link and self._link.pending_bytes >= HIGH_WATER_BYTES:
+            frames = [bytes(frame) for frame in frames]
+            await self._link.drained()
+        self._answer(request_id, frames)
+
+    def _reply_frames(self, request_id: int, reply: Reply) -> list[Buffer]:
+        envelope = Envelope(self._session.session_id, request_id)
         try:
-            frames = self._encoded(reply, envelope)
-        except ZmqAutogradError as error:
-            frames = self._encoded(error_response(error, self._owner.me.name), envelope)
-        self._send(frames)
+            return self._encoded(reply, envelope)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the sender must hear of it
+            return encode(error_response(error, self._owner.me.name), envelope)
+
+    def _answer(self, request_id: int, frames: list[Buffer]) -> None:
+        if self._session.reply(request_id) is not None:
+            self._send(frames)
 
     # --- what the link tells (LinkHandler) -------------------------------------------------------
 

@@ -40,17 +40,21 @@ class ComputePool:
         self._numbers = itertools.count()
         self._closed = False
 
-    async def run(
-        self, function: Callable[[], T], *, on_finished: Callable[[], None] | None = None
-    ) -> T:
-        """Run `function` in a thread and return its result.
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run `function` in a thread and return its result; see `start`.
 
-        Runs in a copy of the caller's context variables and under the modes of torch that hold
-        at the caller.  Cancelling it stops the waiting, not the thread.
+        Cancelling it stops the waiting, not the thread.
+        """
+        return await self.start(function)
+
+    def start(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Start `function` in a thread and return the future of its result.
+
+        It runs in a copy of the caller's context variables and under the modes of torch that hold
+        at the caller.
 
         Args:
             function: takes no arguments.
-            on_finished: called on the loop once the thread is done with it, cancelled or not.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -64,12 +68,12 @@ class ComputePool:
             except BaseException as raised:  # noqa: BLE001  # the caller gets it, whatever it is
                 error = raised
             try:
-                loop.call_soon_threadsafe(_finish, future, result, error, on_finished)
+                loop.call_soon_threadsafe(_finish, future, result, error)
             except RuntimeError:
                 return  # the loop is closed: nobody is left to be told
 
         self._submit(work)
-        return await future
+        return future
 
     def close(self) -> list[threading.Thread]:
         """End the threads as they become idle and return those that are still busy."""
@@ -137,14 +141,7 @@ def _run_under(modes: Modes, function: Callable[[], T]) -> T:
         return function()
 
 
-def _finish(
-    future: asyncio.Future[Any],
-    result: Any,
-    error: BaseException | None,
-    on_finished: Callable[[], None] | None,
-) -> None:
-    if on_finished:
-        on_finished()
+def _finish(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if future.done():
         return
     if error is None:

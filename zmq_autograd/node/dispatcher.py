@@ -37,6 +37,9 @@ class Replies(Protocol):
     def reply(self, request_id: int, reply: Reply) -> None:
         """Answer the request."""
 
+    async def reply_when_drained(self, request_id: int, reply: Reply) -> None:
+        """Answer the request, once not too much waits to be sent to the peer."""
+
 
 class Dispatcher:
     """The handlers of one worker."""
@@ -95,20 +98,36 @@ class Dispatcher:
         message, request_id = request.message, request.request_id
         modes = message.modes if isinstance(message, ForwardRequest) else Modes()
         current_call.set(Call(worker, channel.peer, node, request.deadline, modes))
-        kind: type[Request] = type(message)
+        try:
+            reply = await self._reply_to(message, channel.peer)
+            await channel.reply_when_drained(request_id, reply)
+        except asyncio.CancelledError:
+            leaving = WorkerLost(self.worker, node.me.incarnation, "it is leaving")
+            channel.reply(request_id, error_response(leaving, self.worker))
+            raise
+
+    async def _reply_to(self, message: Request, peer: Any) -> Reply:
+        """Return what the handler of `message` replies, an `ErrorResponse` where it raised."""
+        kind = type(message)
         handler: Handler = self._handlers.get(kind, self.default)
         try:
-            reply = await handler(message, channel.peer)
+            reply = await handler(message, peer)
             if not isinstance(reply, (kind.reply, ErrorResponse)):
                 raise TypeError(
                     f"the handler of {kind.__name__}: expected {kind.reply.__name__}, "
                     f"got {type(reply).__name__}"
                 )
-        except asyncio.CancelledError:
-            leaving = WorkerLost(self.worker, node.me.incarnation, "it is leaving")
-            channel.reply(request_id, error_response(leaving, self.worker))
-            raise
-        except Exception as error:  # whatever it is, it goes to the sender
-            logger.debug("handler of %s raised", type(message).__name__, exc_info=True)
-            reply = error_response(error, self.worker, send_traceback=self._send_tracebacks)
-        channel.reply(request_id, reply)
+        except BaseException as error:  # whatever it is, SystemExit too, it goes to the sender
+            if _is_meant_for_us(error):
+                raise
+            logger.debug("handler of %s raised", kind.__name__, exc_info=True)
+            return error_response(error, self.worker, send_traceback=self._send_tracebacks)
+        return reply
+
+
+def _is_meant_for_us(error: BaseException) -> bool:
+    """Tell what ends the running task from what its handler raised or was handed."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, (KeyboardInterrupt, GeneratorExit))

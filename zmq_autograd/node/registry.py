@@ -38,7 +38,7 @@ class Entry:
     """
 
     function: Callable[..., Any]
-    turns: asyncio.Semaphore | None = None
+    turns: Turns | None = None
     allow: frozenset[str] | None = None
     idempotent: bool = False
 
@@ -47,29 +47,49 @@ class Entry:
 
         Cancelling it cancels a coroutine; a thread finishes, and keeps its turn until then.
         """
-        if self.turns is None:
-            return await self._run(args, kwargs, pool, None)
-        await self.turns.acquire()
-        if is_async(self.function):
-            try:
-                return await self.function(*args, **kwargs)
-            finally:
-                self.turns.release()
-        return await self._run(args, kwargs, pool, self.turns.release)
-
-    async def _run(
-        self,
-        args: Iterable[Any],
-        kwargs: dict[str, Any],
-        pool: ComputePool,
-        on_finished: Callable[[], None] | None,
-    ) -> Any:
-        if is_async(self.function):
-            return await self.function(*args, **kwargs)
         call = functools.partial(self.function, *args, **kwargs)
-        result = await pool.run(call, on_finished=on_finished)
-        # A plain function may hand on a call it made: `lambda x: bob.call("stage", x)`.
-        return await result if inspect.isawaitable(result) else result
+        if self.turns is not None:
+            return await self._in_turn(call, pool, self.turns.here())
+        if is_async(self.function):
+            return await call()
+        return await _handed_on(await pool.run(call))
+
+    async def _in_turn(
+        self, call: Callable[[], Any], pool: ComputePool, turns: asyncio.Semaphore
+    ) -> Any:
+        """Run `call` in its turn, which ends no sooner than the caller goes on with the result.
+
+        So a reply that shows what the next turn changes is read before that starts.
+        """
+        await turns.acquire()
+        running: asyncio.Future[Any] | None = None
+        try:
+            if is_async(self.function):
+                return await call()
+            running = pool.start(call)
+            return await _handed_on(await asyncio.shield(running))
+        finally:
+            if running is None or running.done():
+                turns.release()
+            else:
+                running.add_done_callback(lambda _: turns.release())
+
+
+class Turns:
+    """Lets so many calls run at once, in whichever loop their worker lives now."""
+
+    def __init__(self, slots: int) -> None:
+        """Let `slots` calls run at once."""
+        self._slots = slots
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._semaphore = asyncio.Semaphore(slots)
+
+    def here(self) -> asyncio.Semaphore:
+        """Return what the running loop's calls take their turns at."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._semaphore = loop, asyncio.Semaphore(self._slots)
+        return self._semaphore
 
 
 class Registry:
@@ -129,7 +149,7 @@ class Registry:
             raise ConfigurationError(f"allow: expected a collection of names, got {allow!r}")
         is_function = inspect.isroutine(target) or isinstance(target, functools.partial)
         slots = concurrency or (None if is_function or inspect.isclass(target) else 1)
-        turns = None if slots is None else asyncio.Semaphore(slots)
+        turns = None if slots is None else Turns(slots)
         functions = _methods(target, name, expose)
         if callable(target):
             functions[name] = target
@@ -155,6 +175,14 @@ def is_async(function: Callable[..., Any]) -> bool:
     )
 
 
+async def _handed_on(result: Any) -> Any:
+    """Return `result`, or what it is awaited for: a plain function may hand on a call it made.
+
+    ``lambda x: bob.call("stage", x)``, say.
+    """
+    return await result if inspect.isawaitable(result) else result
+
+
 def _checked_name(target: Any, name: str | None, *, internal: bool) -> str:
     if name is None:
         name = getattr(target, "__name__", None)
@@ -178,11 +206,12 @@ def _methods(target: Any, name: str, expose: Expose) -> dict[str, Callable[..., 
         raise ConfigurationError(f"expose: expected names of methods or 'module', got {expose!r}")
     methods: dict[str, Callable[..., Any]] = {}
     for key in expose:
-        method = getattr(target, key, None)
+        method = getattr(target, key, None) if isinstance(key, str) else None
         if not callable(method):
             raise ConfigurationError(f"expose: {name!r} has no method {key!r}")
         methods[f"{name}.{key}"] = method
-    return methods
+    # A class has no methods to call, only its instances have.
+    return {} if inspect.isclass(target) else methods
 
 
 def _module_methods(module: Module) -> dict[str, Callable[..., Any]]:
