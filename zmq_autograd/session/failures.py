@@ -84,7 +84,7 @@ def error_response(
         )
     return ErrorResponse(
         code=code,
-        text=_text(error.args[0]),
+        text=_text(error.args[0] if error.args else ""),
         origin=error.worker or worker,
         type_name=type(error).__name__,
         path=path,

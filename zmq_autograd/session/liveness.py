@@ -9,6 +9,7 @@ peer in the middle of sending a gigabyte over a slow line is alive.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 LOST_AFTER_SECONDS: Final = 7.0
@@ -18,6 +19,9 @@ CUT_AFTER_HEARTBEATS: Final = 1.5
 """Heartbeats that the peer's host may leave unacknowledged before the peer counts as cut off."""
 
 CHECKS_PER_HEARTBEAT: Final = 4
+
+_REMEMBERED: Final = 2 * CHECKS_PER_HEARTBEAT
+"""Sendings that are remembered: more than fit into the time after which a peer is cut off."""
 
 MISSED_HEARTBEATS: Final = 3
 """Heartbeats that a peer may miss, at the pace it announced, before it can count as frozen."""
@@ -37,8 +41,10 @@ class Liveness:
         self._interval = heartbeat / CHECKS_PER_HEARTBEAT
         self._checked_at = now
         self._sent_at = now
-        # The earliest thing sent that the peer's host is not known to have acknowledged.
-        self._unacknowledged_since: float | None = None
+        # When something was sent that the peer's host is not known to have acknowledged, earliest
+        # first.  Of what is sent within one interval only the first counts, and no more than
+        # it takes to be cut off are kept.
+        self._unacknowledged: deque[float] = deque()
 
     def expect_heartbeat(self, seconds: float) -> None:
         """Note that the peer may send nothing for `seconds` while it is well."""
@@ -51,8 +57,9 @@ class Liveness:
     def sent(self, now: float) -> None:
         """Note that something was sent."""
         self._sent_at = now
-        if self._unacknowledged_since is None:
-            self._unacknowledged_since = now
+        waiting = self._unacknowledged
+        if not waiting or (len(waiting) < _REMEMBERED and now >= waiting[-1] + self._interval):
+            waiting.append(now)
 
     def heartbeat_due(self, now: float) -> bool:
         """Say whether a heartbeat should go out."""
@@ -61,8 +68,8 @@ class Liveness:
     def next_check(self) -> float:
         """Return when `check` is due."""
         dues = [self._checked_at + self._interval, self._sent_at + self._heartbeat]
-        if self._unacknowledged_since is not None:
-            dues.append(self._unacknowledged_since + self._cut_after)
+        if self._unacknowledged:
+            dues.append(self._unacknowledged[0] + self._cut_after)
         return min(due for due in dues if due > self._checked_at)
 
     def check(self, now: float, received_ago: float, acknowledged_ago: float | None) -> str | None:
@@ -82,12 +89,13 @@ class Liveness:
             return None
         if received_ago > self._lost_after:
             return f"frozen: no sign of life for {received_ago:.1f} s"
-        since = self._unacknowledged_since
-        if acknowledged_ago is None or since is None or now < since + self._cut_after:
+        if acknowledged_ago is None or not self._unacknowledged:
+            return None
+        since = self._unacknowledged[0]
+        if now < since + self._cut_after:
             return None
         return f"cut off: its host acknowledged nothing for {now - since:.1f} s"
 
     def _note_acknowledged(self, at: float) -> None:
-        if self._unacknowledged_since is not None and at >= self._unacknowledged_since:
-            # What was sent in between is not known one by one; the last of it is.
-            self._unacknowledged_since = self._sent_at if self._sent_at > at else None
+        while self._unacknowledged and self._unacknowledged[0] <= at:
+            self._unacknowledged.popleft()

@@ -247,12 +247,23 @@ def check_fits(frames: Sequence[Buffer], limits: Limits, worker: str) -> None:
 
 def _open_header(frame: memoryview) -> dict[str, Any]:
     try:
+        _check_complete(frame)
         header = msgpack.unpackb(frame, object_pairs_hook=_unique)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"header is no msgpack map with string keys: {error}") from error
     if type(header) is not dict:
         raise ProtocolError(f"header: expected a map, got {type(header).__name__}")
     return header
+
+
+def _check_complete(frame: memoryview) -> None:
+    """Raise what msgpack raises if lengths in `frame` claim more than follows, making nothing.
+
+    `unpackb` allocates by the claim, once for each list inside another: megabytes for kilobytes.
+    """
+    scanner = msgpack.Unpacker(max_buffer_size=frame.nbytes, read_size=frame.nbytes)
+    scanner.feed(frame)
+    scanner.skip()
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:

@@ -158,7 +158,10 @@ def _unpack_gradients(header: Header, name: str, tensors: TensorReader) -> list[
     indices = [index for index in packed if index is not None]
     if indices != list(range(len(indices))):
         raise ProtocolError(f"field {name!r}: expected the tensors in order, each once")
-    return [None if index is None else tensors.take(index) for index in packed]
+    grads = [None if index is None else tensors.take(index) for index in packed]
+    if any(grad is not None and grad.requires_grad for grad in grads):
+        raise ProtocolError(f"field {name!r}: expected gradients that do not require grad")
+    return grads
 
 
 GRADIENTS: Final = Field(_pack_gradients, _unpack_gradients)
