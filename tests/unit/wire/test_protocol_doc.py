@@ -78,7 +78,7 @@ def described(name: str) -> Described:
     kind = re.search(r"\*(Request|Reply|One way)\*", text)
     reply = re.search(r"[Ee]nded by `(\w+)`", text)
     python = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    pinned = re.search(r"```hex\n(.*?)```", text, re.DOTALL)
+    pinned = re.search(r"```text\n(.*?)```", text, re.DOTALL)
     assert kind
     assert python
     assert pinned
