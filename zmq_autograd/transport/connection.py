@@ -18,6 +18,7 @@ from typing import Final
 
 from zmq_autograd.transport.base import Silence
 from zmq_autograd.transport.endpoints import tcp_endpoint
+from zmq_autograd.wire.limits import KIB
 
 # Offsets into Linux's struct tcp_info, which only ever grows at its end.
 _TCP_INFO_BYTES: Final = 136
@@ -25,6 +26,11 @@ _LAST_DATA_RECEIVED: Final = struct.Struct("=II")  # and the last acknowledgemen
 _LAST_DATA_RECEIVED_AT: Final = 52
 _BYTES: Final = struct.Struct("=QQ")  # acknowledged by the peer, received from it
 _BYTES_AT: Final = 120
+
+_READ_BYTES: Final = 256 * KIB
+_READS_PER_LOOK: Final = 16
+
+_NO_LINGER: Final = struct.pack("=ii", 1, 0)
 
 
 class Connection:
@@ -52,7 +58,6 @@ class Connection:
         # The guard's own: what counted as delivered when it last looked.
         self.settled_messages = 0
         self.settled_bytes = 0
-        self.idle_count = 0
         self._socket = _duplicate(fd, belongs)
         self._is_tcp = False
         if self._socket is not None:
@@ -92,17 +97,45 @@ class Connection:
         data, acknowledgement = _LAST_DATA_RECEIVED.unpack_from(info, _LAST_DATA_RECEIVED_AT)
         return Silence(received=data / 1000, acknowledged=acknowledgement / 1000)
 
-    def end(self) -> None:
-        """End the connection both ways; what was written still reaches the peer, then the end.
+    def read_to_end(self) -> bool:
+        """Throw away what still comes; True when the peer has ended its side.
 
-        libzmq finds it ended, frees what it holds of a message half received, and reports
-        a disconnection.
+        Only then is it safe to `release`: before, the kernel would reset the connection, and a
+        reset makes the peer's libzmq drop what it has not read yet.  For when libzmq here reads no
+        more.
+        """
+        try:
+            for _ in range(_READS_PER_LOOK):
+                if self._socket is None or not self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT):
+                    return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # reset by the peer
+        return False
+
+    def finish(self) -> None:
+        """Say to the peer that nothing more will be sent, behind all that was written."""
+        self._shut(socket.SHUT_WR)
+
+    def abort(self) -> None:
+        """End the connection both ways and throw away what is under way.
+
+        libzmq finds it ended, frees what it holds of a message half received, and reports a
+        disconnection.  A peer that only ever sends learns it from the reset that goes out with
+        `release`.
         """
         if self._socket is not None:
-            try:
-                self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                return  # the peer was faster: it is ended already
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, directions: int) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.shutdown(directions)
+        except OSError:
+            return  # the peer was faster: it is ended already
 
     def release(self) -> None:
         """Let go.  Idempotent."""

@@ -95,19 +95,25 @@ def is_loopback(text: str) -> bool:
     if endpoint.host == WILDCARD:
         return False
     try:
-        return ipaddress.ip_address(endpoint.host).is_loopback
+        return _is_loopback_address(endpoint.host)
     except ValueError:
         pass
     try:
         found = socket.getaddrinfo(endpoint.host, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+    return all(_is_loopback_address(str(address[0])) for *_, address in found)
 
 
 def tcp_endpoint(host: str, port: int | str) -> str:
     """Write a TCP endpoint, with brackets where the host is an IPv6 address."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _is_loopback_address(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def _parse_tcp(text: str, rest: str) -> tuple[str, int]:

@@ -34,9 +34,8 @@ holds unread."""
 class Guarded(Protocol):
     """A connection's owner, seen from the guard."""
 
-    @property
-    def idle_count(self) -> int:
-        """How often everything that had arrived was taken."""
+    def take_arrived(self) -> bool:
+        """Deliver the messages that have arrived; True if none is left."""
 
     def cut(self, connection: Connection, reason: str) -> None:
         """End the connection and tell whom it concerns."""
@@ -74,13 +73,17 @@ class Guard:
         self._timer = None
         now = time.monotonic()
         strangers = False
+        # Whether all that had arrived was delivered, by owner.
+        settled: dict[Guarded, bool] = {}
         for connection, owner in list(self._watched.items()):
             if connection.admitted:
-                reason = self._look_at_admitted(connection, owner)
+                if owner not in settled:
+                    settled[owner] = owner.take_arrived()
+                reason = self._look_at_admitted(connection) if settled[owner] else None
             else:
                 strangers = True
                 reason = self._look_at_stranger(connection, now)
-            if reason is not None:
+            if reason is not None and connection in self._watched:
                 self.forget(connection)
                 owner.cut(connection, reason)
         if self._watched:
@@ -96,11 +99,10 @@ class Guard:
             return f"was not admitted within {UNADMITTED_SECONDS:g} s"
         return None
 
-    def _look_at_admitted(self, connection: Connection, owner: Guarded) -> str | None:
+    def _look_at_admitted(self, connection: Connection) -> str | None:
         received = connection.received_bytes()
-        if received is None or owner.idle_count == connection.idle_count:
-            return None  # not counted here, or messages may still wait their turn
-        connection.idle_count = owner.idle_count
+        if received is None:
+            return None
         if connection.delivered_messages != connection.settled_messages:
             connection.settled_messages = connection.delivered_messages
             connection.settled_bytes = received

@@ -38,18 +38,23 @@ class Incoming:
         self._size = 0
         self._refusal: str | None = None
 
-    def add(self, frame: memoryview) -> None:
-        """Take the next frame of the message; one beyond the limits frees all that was kept."""
-        size = frame.nbytes
+    def accepts(self, size: int) -> bool:
+        """Count the next frame of the message, `size` bytes long; say whether to `keep` it.
+
+        The first one beyond the limits frees all that was kept.
+        """
         self._count += 1
         self._size += size
-        if self._refusal is not None:
-            return
-        self._refusal = self._refuse(size)
         if self._refusal is None:
-            self._frames.append(frame)
-        else:
+            self._refusal = self._refuse(size)
+            if self._refusal is None:
+                return True
             self._frames = []
+        return False
+
+    def keep(self, frame: memoryview) -> None:
+        """Keep the frame that was just accepted."""
+        self._frames.append(frame)
 
     def finish(self) -> Received:
         """Return the message, whose last frame was added, and start with the next one."""

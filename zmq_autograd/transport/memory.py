@@ -168,7 +168,8 @@ class MemoryLink:
         self._received_bytes += size
         self._last_received = time.monotonic()
         for frame in frames:
-            self._incoming.add(frame)
+            if self._incoming.accepts(len(frame)):
+                self._incoming.keep(frame)
         message = self._incoming.finish()
         if self.handler is None:
             return

@@ -58,21 +58,30 @@ class Monitor:
         self._pair.linger = 0
         self._pair.connect(name)
         self._fd = int(self._pair.fd)
-        self._loop.add_reader(self._fd, self.drain)
-        self._loop.call_soon(self.drain)
+        self._loop.add_reader(self._fd, self._drain_some)
+        self._loop.call_soon(self._drain_some)
 
     def drain(self) -> None:
-        """Hear what has been reported by now, or the first few of many with the rest to follow."""
+        """Hear everything that has been reported by now."""
+        while self._hear_one():
+            pass
+
+    def _drain_some(self) -> None:
         for _ in range(_EVENTS_PER_TURN):
-            if self._closed:
+            if not self._hear_one():
                 return
-            try:
-                event, _endpoint = self._pair.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            self._heard(*_EVENT.unpack(event))
         # The descriptor shows an edge only: nothing else would bring us back here.
-        self._loop.call_soon(self.drain)
+        self._loop.call_soon(self._drain_some)
+
+    def _hear_one(self) -> bool:
+        if self._closed:
+            return False
+        try:
+            event, _endpoint = self._pair.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        self._heard(*_EVENT.unpack(event))
+        return True
 
     def close(self) -> None:
         """Stop to read.  Idempotent."""

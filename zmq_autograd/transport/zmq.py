@@ -69,6 +69,7 @@ class ZmqTransport:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._listeners: dict[ZmqListener, None] = {}
         self._diallers: dict[ZmqDialler, None] = {}
+        self._sockets: list[LoopSocket] = []
         self._closed = False
 
     async def listen(self, endpoint: str, accept: Accept) -> ZmqListener:
@@ -138,6 +139,9 @@ class ZmqTransport:
             dialler.close()
         await self._closings.join()
         context, self._context = self._context, None
+        for each in self._sockets:
+            each.stop_hearing()  # of sockets, if any, that libzmq did not take down in time
+        self._sockets.clear()
         if context is not None:
             await _terminate(context)
 
@@ -177,12 +181,16 @@ class ZmqTransport:
             # nobody takes over another one's connection by its routing id.
             options |= {zmq.ROUTER_MANDATORY: 1, zmq.ROUTER_HANDOVER: 0}
         else:
+            # Never again, in milliseconds. The option's own value for that, -1, and IMMEDIATE both
+            # throw away what has come in and not been received when the connection ends.
             options |= {
-                zmq.RECONNECT_IVL: -1,
-                zmq.IMMEDIATE: 1,
+                zmq.RECONNECT_IVL: 10**9,
                 zmq.CONNECT_TIMEOUT: int(ATTEMPT_SECONDS * 1000),
             }
-        return LoopSocket(self._context, kind, options, limits, owner)
+        made = LoopSocket(self._context, kind, options, limits, owner)
+        self._sockets = [each for each in self._sockets if not each.gone.is_set()]
+        self._sockets.append(made)
+        return made
 
     def _check_open(self) -> None:
         if self._closed:

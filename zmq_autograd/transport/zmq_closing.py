@@ -1,15 +1,16 @@
 """How links and sockets of ZeroMQ end: what was queued leaves first, within a bound of time.
 
-Owns the order of closing.  libzmq closes its descriptor with what the peer sent still unread,
-which makes the kernel throw away what was written and not acknowledged; the duplicate of the
-descriptor in `Connection` is therefore held until the peer has everything.
+Owns the order of closing.  libzmq closes its descriptor without caring for what the peer is still
+sending: the kernel then resets the connection, throws away what was written and not acknowledged,
+and the peer's libzmq what it has not read.  The duplicate of the descriptor in `Connection` is
+therefore held until the peer has everything.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final
 
 from zmq_autograd.transport.connection import Connection
@@ -17,6 +18,9 @@ from zmq_autograd.transport.zmq_link import ZmqLink
 from zmq_autograd.transport.zmq_socket import LoopSocket
 
 _POLL_SECONDS: Final = 0.005
+
+_ABORT_SECONDS: Final = 0.25
+"""Seconds for libzmq to see that its connections were ended under it."""
 
 _QUIET_POLLS: Final = 4
 """Looks in a row at an empty kernel queue after which libzmq's own counts as empty, too."""
@@ -40,35 +44,41 @@ class Closings:
             await asyncio.wait(set(self._tasks))
 
 
-async def end_when_written(link: ZmqLink, deadline: float) -> None:
+async def end_link(link: ZmqLink, deadline: float) -> None:
     """End the connection of an accepted link when libzmq has written all that was sent.
+
+    The peer hears the end behind the last message and ends its side, whereupon libzmq here lets go
+    and the owner releases the connection.
 
     Args:
         link: the link, which takes no new messages any more.
         deadline: when to end it at the latest, on the monotonic clock.
     """
+    connection = link.connection
     quiet = 0
-    while time.monotonic() < deadline and link.connection.held:
+    while time.monotonic() < deadline and connection.held:
         written = link.written
         # A Unix socket counts nothing, but what its peer has not read yet can be seen.
-        empty = written is None and link.connection.unread_bytes() == 0
+        empty = written is None and connection.unread_bytes() == 0
         quiet = quiet + 1 if empty else 0
         if written or quiet >= _QUIET_POLLS:
             break
         await asyncio.sleep(_POLL_SECONDS)
-    link.connection.end()
+    connection.finish()
+    await _until(lambda: not connection.held, deadline)
+    connection.abort()
 
 
-async def release_when_read(connection: Connection, deadline: float) -> None:
-    """Let go of an ended connection when the peer's kernel has all of it."""
-    connection.end()
-    await _until(lambda: not connection.unread_bytes(), deadline)
+async def _release(connection: Connection, deadline: float) -> None:
+    """Let go of a connection that libzmq has let go of, when the peer has all of it."""
+    connection.finish()
+    await _until(connection.read_to_end, deadline)
     connection.release()
 
 
 async def take_down(
     socket: LoopSocket,
-    waiting: Callable[[], bool],
+    links: Sequence[ZmqLink],
     connections: Callable[[], Iterable[Connection]],
     deadline: float,
 ) -> None:
@@ -76,20 +86,29 @@ async def take_down(
 
     Args:
         socket: to be closed.
-        waiting: whether a link of it has messages that libzmq has not taken yet.
+        links: its links, which take no new messages any more.
         connections: those that are left.
         deadline: when to be done with what was queued at the latest, on the monotonic clock.
     """
-    await _until(lambda: not waiting(), deadline)
+    await _until(lambda: not any(link.pending_bytes for link in links), deadline)
     left = max(0.0, deadline - time.monotonic())
-    socket.close(left)
+    # Where nothing is left to be written, libzmq need not wait: now and then it would, in vain.
+    socket.close(0 if all(link.written for link in links) else left)
+    if not await _is_gone(socket, left + _POLL_SECONDS):
+        # libzmq is still at it though its linger is over.
+        for connection in list(connections()):
+            connection.abort()
+        await _is_gone(socket, _ABORT_SECONDS)
+    await asyncio.gather(*(_release(each, deadline) for each in list(connections())))
+
+
+async def _is_gone(socket: LoopSocket, seconds: float) -> bool:
     try:
-        async with asyncio.timeout(left + _POLL_SECONDS):
+        async with asyncio.timeout(seconds):
             await socket.gone.wait()
     except TimeoutError:
-        pass  # libzmq's own linger ends at the same moment; what is left is ended below
-    await asyncio.gather(*(release_when_read(each, deadline) for each in list(connections())))
-    socket.close_monitor()
+        return False
+    return True
 
 
 async def _until(reached: Callable[[], bool], deadline: float) -> None:

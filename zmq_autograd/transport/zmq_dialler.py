@@ -81,10 +81,9 @@ class ZmqDialler:
                 self._abandon()
         return failure if link is None else link
 
-    @property
-    def idle_count(self) -> int:
-        """How often everything that had arrived was taken."""
-        return self._socket.idle_count
+    def take_arrived(self) -> bool:
+        """Deliver the messages that have arrived; True if none is left."""
+        return self._socket.take_arrived()
 
     def close(self) -> None:
         """Close the link, or give up the attempt to make one.  Idempotent."""
@@ -123,6 +122,7 @@ class ZmqDialler:
 
     def cut(self, connection: Connection, reason: str) -> None:
         """End a connection that passes its bounds."""
+        connection.abort()
         self._lose(f"cut: it {reason}")
 
     def _handshake_succeeded(self) -> None:
@@ -140,14 +140,12 @@ class ZmqDialler:
 
     def _close_link(self, link: ZmqLink) -> None:
         deadline = time.monotonic() + LINGER_SECONDS
-        if not link.pending_bytes:
-            self._socket.close(LINGER_SECONDS)
         self._closings.start(self._take_down(link, deadline), link.address)
 
     async def _take_down(self, link: ZmqLink, deadline: float) -> None:
         await take_down(
             self._socket,
-            waiting=lambda: link.pending_bytes > 0,
+            links=[link],
             connections=lambda: [link.connection],
             deadline=deadline,
         )
@@ -166,11 +164,9 @@ class ZmqDialler:
             # Made, but nobody waited for it any more: nobody is to hear of it either.
             self._link.handler = None
             self._link = None
-        self._socket.close(0)
-        self._socket.close_monitor()
+        self._socket.abandon()
         if self._connection is not None:
             self._guard.forget(self._connection)
-            self._connection.end()
             self._connection.release()
         self._gone(self)
 

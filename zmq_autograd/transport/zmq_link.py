@@ -69,8 +69,9 @@ class ZmqLink:
         self._pending_bytes = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._last_received = time.monotonic()
-        # What the kernel's count of written bytes comes to once all that was sent has left.
-        self._written_when_done = connection.written_bytes() or 0
+        # Bytes handed to libzmq, in its framing, and those that it had written before any of them.
+        self._wire_bytes = 0
+        self._written_before = connection.written_bytes() or 0
 
     def __repr__(self) -> str:
         return f"<ZmqLink {self._address} {self._state.name.lower()}>"
@@ -95,8 +96,10 @@ class ZmqLink:
         """Whether all that was sent has reached the kernel; None where that cannot be seen."""
         if self._queue:
             return False
+        if not self._wire_bytes:
+            return True
         written = self.connection.written_bytes()
-        return None if written is None else written >= self._written_when_done
+        return None if written is None else written - self._written_before >= self._wire_bytes
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Queue one message.
@@ -112,7 +115,7 @@ class ZmqLink:
         if not self._queue:
             wire_bytes = self._socket.send(self._route, frames, sizes)
             if wire_bytes:
-                self._written_when_done += wire_bytes
+                self._wire_bytes += wire_bytes
                 return
         self._queue.append((hold(frames), sizes))
         self._pending_bytes += sum(sizes)
@@ -131,7 +134,7 @@ class ZmqLink:
                 break
             if not wire_bytes:
                 break
-            self._written_when_done += wire_bytes
+            self._wire_bytes += wire_bytes
             self._queue.popleft()
             self._pending_bytes -= sum(sizes)
         self._wake()
@@ -193,4 +196,3 @@ class ZmqLink:
             if not waiter.done():
                 waiter.set_result(None)
         self._waiters.clear()
-

@@ -7,6 +7,7 @@ message, so one that never speaks ZMTP costs a descriptor for a bounded time and
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -18,17 +19,19 @@ from zmq_autograd.transport.base import LINGER_SECONDS, Accept
 from zmq_autograd.transport.connection import Connection
 from zmq_autograd.transport.guard import Guard
 from zmq_autograd.transport.incoming import Received
-from zmq_autograd.transport.zmq_closing import (
-    Closings,
-    end_when_written,
-    release_when_read,
-    take_down,
-)
+from zmq_autograd.transport.zmq_closing import Closings, end_link, take_down
 from zmq_autograd.transport.zmq_link import ZmqLink
 from zmq_autograd.transport.zmq_socket import LoopSocket
 
 MAX_UNADMITTED: Final = 128
 """Connections of one listener that may be unadmitted at once; beyond, the oldest are cut."""
+
+_IPC: Final = "ipc://"
+
+_ENDED: Final = "the connection was closed by the peer or broke"
+
+END_SECONDS: Final = 0.5
+"""Seconds after which the end of a connection is reported even on a listener that is never idle."""
 
 
 class ZmqListener:
@@ -56,6 +59,8 @@ class ZmqListener:
         self._closings = closings
         self._gone = gone
         self._endpoint = ""
+        # The file of an ``ipc://`` endpoint: its device and inode.
+        self._file: tuple[int, int] | None = None
         self._closed = False
         # Connections that libzmq holds, by descriptor, and those of them not admitted, by age.
         self._connections: dict[int, Connection] = {}
@@ -64,29 +69,31 @@ class ZmqListener:
         # comes from those is thrown away.
         self._links: dict[bytes, ZmqLink] = {}
         self._routes: dict[Connection, bytes] = {}
-        # Connections that have ended but may have messages waiting in libzmq.
-        self._ending: list[Connection] = []
+        # Connections that have ended but may have messages waiting in libzmq, and when they did.
+        self._ending: dict[Connection, float] = {}
         self._socket = make_socket(self)
 
     def open(self, address: str) -> None:
         """Bind to `address`."""
         self._endpoint = self._socket.bind(address)
+        self._file = _identity(self._endpoint)
 
     @property
     def endpoint(self) -> str:
         """The endpoint with its real port, as a peer would dial it."""
         return self._endpoint
 
-    @property
-    def idle_count(self) -> int:
-        """How often everything that had arrived was taken."""
-        return self._socket.idle_count
+    def take_arrived(self) -> bool:
+        """Deliver the messages that have arrived; True if none is left."""
+        return self._socket.take_arrived()
 
     def close(self) -> None:
         """Accept no more and close all its links.  Idempotent."""
         if self._closed:
             return
         self._closed = True
+        if self._file is not None and _identity(self._endpoint) == self._file:
+            os.unlink(self._endpoint.removeprefix(_IPC))  # libzmq leaves it behind
         links = list(self._links.values())
         for link in links:
             link.close()
@@ -96,13 +103,12 @@ class ZmqListener:
     def abandon(self) -> None:
         """Drop a socket that could not be bound."""
         self._closed = True
-        self._socket.close(0)
-        self._socket.close_monitor()
+        self._socket.abandon()
 
     async def _take_down(self, links: list[ZmqLink], deadline: float) -> None:
         await take_down(
             self._socket,
-            waiting=lambda: any(link.pending_bytes for link in links),
+            links=links,
             connections=self._connections.values,
             deadline=deadline,
         )
@@ -121,13 +127,15 @@ class ZmqListener:
         route = source.bytes
         link = self._links.get(route)
         if link is None:
-            link = self._make_link(route, int(source.get(zmq.SRCFD)))
+            link = self._make_link(route, source)
             if link is None:
                 return
         connection = link.connection
         connection.delivered_messages += 1
         connection.delivered_bytes += message.size
         link.received(message)
+        if self._ending:
+            self._report_overdue()
 
     def network_event(self, event: int, value: int) -> None:
         """Keep the table of connections; `value` is a descriptor."""
@@ -144,48 +152,62 @@ class ZmqListener:
 
     def socket_idle(self) -> None:
         """Report the connections that have ended as lost: their last messages are delivered."""
-        ending, self._ending = self._ending, []
-        for connection in ending:
-            self._forget_link(connection, "the connection was closed by the peer or broke")
+        while self._ending:
+            self._report_end(next(iter(self._ending)))
 
     def cut(self, connection: Connection, reason: str) -> None:
         """End a connection that passes its bounds."""
         route = self._routes.get(connection)
-        connection.end()
+        connection.abort()
         if route is not None:
             # The link stays in the table until libzmq has let go: what it still delivers from
             # this peer must not make a new one.
             self._links[route].lost(f"cut: it {reason}")
 
-    def _make_link(self, route: bytes, fd: int) -> ZmqLink | None:
+    def _make_link(self, route: bytes, source: zmq.Frame) -> ZmqLink | None:
         if self._closed:
             return None
-        self._socket.hear()  # of the connection, if that has only just been accepted
-        connection = self._connections.get(fd)
+        try:
+            fd = int(source.get(zmq.SRCFD))
+        except zmq.ZMQError:
+            # A protocol older than ZMTP 3, for which libzmq takes whatever does not begin like
+            # ZeroMQ. There is no telling whose it is; the guard soon cuts its connection.
+            return None
+        connection = self._find_connection(fd)
         if connection is None:
-            # It ended before its first message was taken.
-            unclaimed = (each for each in self._ending if each not in self._routes)
-            connection = next((each for each in unclaimed if each.fd == fd), None)
-            if connection is None:
-                return None
-        elif connection in self._routes:
-            # The descriptor was used again: whose route this was is gone.
-            self._forget_link(connection, "the connection was closed by the peer or broke")
+            return None
         address = connection.address or self._endpoint
         link = ZmqLink(self._socket, route, connection, address, self._close_link)
         self._links[route] = link
         self._routes[connection] = route
-        link.handler = self._accept(link)
+        try:
+            link.handler = self._accept(link)
+        finally:
+            if link.handler is None:
+                link.close()
         return link
+
+    def _find_connection(self, fd: int) -> Connection | None:
+        """Return the connection without a link whose first message has come by way of `fd`."""
+        self._socket.hear()  # of the connection, if it has only just been accepted
+        live = self._connections.get(fd)
+        if live is not None and live not in self._routes:
+            return live
+        # It may have ended before its first message was taken.
+        for ended in self._ending:
+            if ended.fd == fd and ended not in self._routes:
+                return ended
+        if live is not None:
+            # The system gave the same descriptor to the next connection: the link that was taken
+            # for this one's is its predecessor's.
+            self._report_end(live)
+        return live
 
     def _close_link(self, link: ZmqLink) -> None:
         if self._closed:
             return  # the socket's linger sees to all of them
-        if link.written:
-            link.connection.end()
-        else:
-            deadline = time.monotonic() + LINGER_SECONDS
-            self._closings.start(end_when_written(link, deadline), link.address)
+        deadline = time.monotonic() + LINGER_SECONDS
+        self._closings.start(end_link(link, deadline), link.address)
 
     def _ended(self, fd: int) -> None:
         connection = self._connections.pop(fd, None)
@@ -193,20 +215,23 @@ class ZmqListener:
             return
         self._strangers.pop(connection, None)
         self._guard.forget(connection)
-        self._ending.append(connection)
+        self._ending[connection] = time.monotonic()
         self._socket.drain_soon()
-        route = self._routes.get(connection)
-        if route is not None and self._links[route].closed_here and connection.unread_bytes():
-            deadline = time.monotonic() + LINGER_SECONDS
-            self._closings.start(release_when_read(connection, deadline), connection.address)
-        else:
-            connection.release()
+        connection.release()
 
-    def _forget_link(self, connection: Connection, reason: str) -> None:
+    def _report_end(self, connection: Connection) -> None:
+        self._ending.pop(connection, None)
         route = self._routes.pop(connection, None)
         link = None if route is None else self._links.pop(route, None)
         if link is not None:
-            link.lost(reason)
+            link.lost(_ENDED)
+
+    def _report_overdue(self) -> None:
+        """Report ends though messages keep coming: from others, by now, since all have a turn."""
+        overdue = time.monotonic() - END_SECONDS
+        for connection, ended in self._ending.items():
+            if ended < overdue and connection in self._routes:
+                self._links[self._routes[connection]].lost(_ENDED)
 
     def _bound_strangers(self) -> None:
         if len(self._strangers) <= MAX_UNADMITTED:
@@ -224,4 +249,16 @@ class ZmqListener:
         name = accepted.getsockname()
         if isinstance(name, tuple):
             return self._endpoint.endswith(f":{name[1]}")
-        return self._endpoint.startswith("ipc://")
+        return self._endpoint.startswith(_IPC)
+
+
+def _identity(endpoint: str) -> tuple[int, int] | None:
+    """Return which file an ``ipc://`` endpoint is, None if it is none."""
+    path = endpoint.removeprefix(_IPC)
+    if path == endpoint or path.startswith("@"):
+        return None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None  # somebody else has removed it
+    return status.st_dev, status.st_ino

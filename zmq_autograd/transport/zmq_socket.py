@@ -78,8 +78,6 @@ class LoopSocket:
         self._draining = False
         self._scheduled = False
         self._closed = False
-        # How often everything that had arrived was taken: lets others see that this goes on.
-        self.idle_count = 0
         self._monitor = Monitor(context, self._socket, self._heard)
         # Set when libzmq has taken the closed socket down and with it all its connections.
         self.gone = asyncio.Event()
@@ -143,14 +141,20 @@ class LoopSocket:
         """Look for messages at the loop's next turn."""
         if not (self._draining or self._scheduled or self._closed):
             self._scheduled = True
-            self._loop.call_soon(self._drain)
+            self._loop.call_soon(self._drain_as_scheduled)
+
+    def take_arrived(self) -> bool:
+        """Deliver the messages that have arrived, for one slice of time; True if none is left."""
+        return not self._draining and self._drain()
 
     def hear(self) -> None:
         """Hear at once what libzmq has reported by now."""
         self._monitor.drain()
 
     def close(self, linger: float) -> None:
-        """Close the socket, not its monitor, which sets `gone` when libzmq is done.  Idempotent.
+        """Close the socket; its monitor goes on until libzmq is done, which sets `gone`.
+
+        Idempotent.
 
         Args:
             linger: seconds that libzmq may take to hand what it has queued to the network.
@@ -161,20 +165,34 @@ class LoopSocket:
             self._senders.clear()
             self._socket.close(int(linger * 1000))
 
-    def close_monitor(self) -> None:
-        """Hear nothing more.  Idempotent."""
+    def abandon(self) -> None:
+        """Close the socket and its monitor with all that is queued, unless it is closed already."""
+        if not self._closed:
+            # First of all: libzmq's I/O thread, and all connections with it, would stand still
+            # over the next event if the monitor's other end were closed before this one.
+            self._socket.disable_monitor()
+            self.close(0)
+            self.stop_hearing()
+
+    def stop_hearing(self) -> None:
+        """Close the monitor; only for when libzmq reports nothing more or is about to be ended."""
         self._monitor.close()
+        self.gone.set()
 
     def _heard(self, event: int, value: int) -> None:
         if event == zmq.EVENT_MONITOR_STOPPED:
-            self.gone.set()
+            self.stop_hearing()
         else:
             self._owner.network_event(event, value)
 
-    def _drain(self) -> None:
+    def _drain_as_scheduled(self) -> None:
         self._scheduled = False
+        self._drain()
+
+    def _drain(self) -> bool:
+        """Receive and send for one slice of time; True if nothing is left to be received."""
         if self._closed:
-            return
+            return True
         self._draining = True
         idle = False
         try:
@@ -186,8 +204,8 @@ class LoopSocket:
         if self._senders:
             self._flush()
         if idle and not self._closed:
-            self.idle_count += 1
             self._owner.socket_idle()
+        return idle
 
     def _receive(self, deadline: float) -> bool:
         """Take frames until none is left, which returns True, or time is up."""
@@ -206,7 +224,8 @@ class LoopSocket:
         if self._routed and self._source is None:
             self._source = frame
             return
-        self._incoming.add(frame.buffer)
+        if self._incoming.accepts(len(frame)):
+            self._incoming.keep(frame.buffer)
         if not frame.more:
             source, self._source = self._source, None
             self._owner.message_received(source, self._incoming.finish())
