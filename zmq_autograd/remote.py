@@ -5,6 +5,7 @@ Knows the node by one narrow protocol, `Requests`; never the worker it belongs t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, cast
 
@@ -25,6 +26,17 @@ from zmq_autograd.wire.values import tensors_in
 
 DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a call waits for its reply by default, as in torch.distributed.rpc."""
+
+
+def checked_timeout(timeout: float | None) -> float | None:
+    """Return `timeout` in seconds, None for ever.
+
+    Raises:
+        ValueError: it is negative or not a number.
+    """
+    if timeout is not None and not timeout >= 0:
+        raise ValueError(f"timeout: expected seconds >= 0 or None, got {timeout!r}")
+    return None if timeout == math.inf else timeout
 
 
 class Requests(Protocol):
@@ -94,6 +106,7 @@ class RemoteWorker:
             RemoteError: the function raised.
             DeadlineExceeded: no result in time; the other side is told to stop.
             WorkerLost: the worker, or one behind it, was lost meanwhile.
+            ValueError: `timeout` is negative or not a number.
 
         The arguments have been read when this first suspends.  Cancelling it cancels a coroutine
         on the other side; a function in a thread finishes there, and its result is dropped.
@@ -150,11 +163,10 @@ class RemoteWorker:
             timeout: seconds to wait, None for ever.
 
         Raises:
+            ValueError: `timeout` is negative or not a number.
             ZmqAutogradError: as for `call`.
         """
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout: expected seconds >= 0 or None, got {timeout!r}")
-        return await self._session.request(message, timeout)
+        return await self._session.request(message, checked_timeout(timeout))
 
     async def _call(
         self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None

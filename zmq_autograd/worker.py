@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeVar, cast, overload
 from zmq_autograd import ids
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node import Dispatcher, Expose, Handler, Node, Registry, current_call
-from zmq_autograd.remote import RemoteWorker
+from zmq_autograd.remote import RemoteWorker, checked_timeout
 from zmq_autograd.session import HEARTBEAT_SECONDS, LOST_AFTER_SECONDS, Identity
 from zmq_autograd.transport import is_loopback
 from zmq_autograd.wire import DEFAULT_LIMITS, Limits
@@ -32,6 +32,17 @@ CONNECT_TIMEOUT: Final = 10.0
 
 DRAIN_SECONDS: Final = 10.0
 """Seconds that requests under way have to finish when a worker leaves, unless told otherwise."""
+
+
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+# What ends each `serve_forever` of the main thread: signals are the process's, and end them all.
+_serving: Final[list[asyncio.Event]] = []
+
+
+def _stop_serving() -> None:
+    for closed in _serving:
+        closed.set()
 
 
 class Worker:
@@ -84,6 +95,8 @@ class Worker:
             raise ConfigurationError(
                 f"expected 0 < heartbeat < lost_after, got {heartbeat!r} and {lost_after!r}"
             )
+        if not drain >= 0:
+            raise ConfigurationError(f"drain: expected seconds >= 0, got {drain!r}")
         self.configure(name=name, listen=listen)
         self._registry = Registry(name)
         self._dispatcher = Dispatcher(name, send_tracebacks=tracebacks)
@@ -254,17 +267,15 @@ class Worker:
         """Let requests under way finish, then close everything; idempotent.
 
         Takes at most the worker's `drain` seconds and a few more, and never raises because of a
-        peer.  Cancelling it leaves the rest of the closing to the next call.
+        peer.  Cancelling it leaves the rest of the closing to the next call.  In a handler it
+        returns at once if the worker is being closed already, since that waits for the handler.
         """
-        node, self._node = self._node, None
+        node = self._node
         if node is None:
             return
-        try:
-            await node.close(self._drain)
-        except asyncio.CancelledError:
-            self._node = node
-            raise
-        if self._closed:
+        await node.close(self._drain)
+        if node.is_closed and self._node is node and self._closed:
+            self._node = None
             self._closed.set()
 
     async def __aenter__(self) -> Self:
@@ -290,14 +301,18 @@ class Worker:
         if self._closed is None or self._node is None:
             raise ConfigurationError(f"worker {self.name!r} is not running")
         loop = asyncio.get_running_loop()
-        hears = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGINT, signal.SIGTERM) if hears else ()
-        for number in signals:
-            loop.add_signal_handler(number, self._closed.set)
+        closed = self._closed
+        if threading.current_thread() is not threading.main_thread():
+            await closed.wait()
+            return
+        _serving.append(closed)
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, _stop_serving)
         try:
-            await self._closed.wait()
+            await closed.wait()
         finally:
-            for number in signals:
+            _serving.remove(closed)
+            for number in STOP_SIGNALS if not _serving else ():
                 loop.remove_signal_handler(number)
 
     # --- reaching others -------------------------------------------------------------------------
@@ -318,10 +333,11 @@ class Worker:
             WorkerLost: nobody answered there in time.
             DeadlineExceeded: somebody did, but did not shake hands in time.
             ProtocolError: it speaks another protocol, or another version of it.
+            ValueError: `timeout` is negative or not a number.
         """
         if self._node is None:
             raise ConfigurationError(f"worker {self.name!r} is not running")
-        channel = await self._node.connect(endpoint, timeout)
+        channel = await self._node.connect(endpoint, checked_timeout(timeout))
         return cast(RemoteWorker, channel.peer)
 
 

@@ -1,9 +1,9 @@
 """Threads for what would block the event loop: as many as there is work at once, never fewer.
 
 A pool of fixed size starves when calls nest and come back to it.  This one starts a thread whenever
-none is idle; idle ones end after a while.  How much may run at once is bounded by the limit on
-requests under way, not here.  Threads are daemons: a computation that never ends cannot keep the
-process from ending.
+none is idle; idle ones end after a while.  What passes `MAX_THREADS` is refused, not queued: a call
+that is cancelled leaves its thread running, so the limit on requests under way bounds nothing here.
+Threads are daemons: a computation that never ends cannot keep the process from ending.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from zmq_autograd.errors import ResourceExhausted
 from zmq_autograd.node.current import applied, current_call, current_modes
 from zmq_autograd.wire.messages import Modes
+
+logger = logging.getLogger("zmq_autograd")
 
 T = TypeVar("T")
 
 IDLE_SECONDS: Final = 10.0
 """Seconds after which an idle thread ends."""
+
+MAX_THREADS: Final = 1024
+"""Threads of one pool: as many as one peer's calls may take at default limits; some 100 MiB."""
 
 Work = Callable[[], None]
 
@@ -36,6 +43,8 @@ class ComputePool:
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0  # threads that wait and are not yet promised work
+        self._wanted = 0  # threads that are promised work and not yet started
+        self._starting = False  # threads are being started, until none is wanted
         self._threads: set[threading.Thread] = set()
         self._numbers = itertools.count()
         self._closed = False
@@ -55,6 +64,9 @@ class ComputePool:
 
         Args:
             function: takes no arguments.
+
+        Raises:
+            ResourceExhausted: `MAX_THREADS` are busy.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -72,32 +84,64 @@ class ComputePool:
             except RuntimeError:
                 return  # the loop is closed: nobody is left to be told
 
-        self._submit(work)
+        if self._submit(work):
+            loop.call_soon(self._start_thread)
         return future
 
     def close(self) -> list[threading.Thread]:
         """End the threads as they become idle and return those that are still busy."""
         with self._lock:
             self._closed = True
+            self._wanted = 0  # what is queued is left to the threads that there are
             threads = list(self._threads)
         for _ in threads:
             self._queue.put(None)
         return threads
 
-    def _submit(self, work: Work) -> None:
+    def _submit(self, work: Work) -> bool:
+        """Queue `work` and tell whether `_start_thread` has to be called for it."""
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"compute pool {self._name!r} is closed")
             if self._idle:
                 self._idle -= 1
+            elif len(self._threads) + self._wanted >= MAX_THREADS:
+                raise ResourceExhausted(
+                    f"worker {self._name!r}: {MAX_THREADS} compute threads are busy: "
+                    "that is the limit",
+                    worker=self._name,
+                )
             else:
-                name = f"{self._name}-compute-{next(self._numbers)}"
-                thread = threading.Thread(target=self._serve, name=name, daemon=True)
-                self._threads.add(thread)
-                thread.start()
+                self._wanted += 1
+            starts = self._wanted > 0 and not self._starting
+            self._starting = self._starting or starts
         self._queue.put(work)
+        return starts
+
+    def _start_thread(self) -> None:
+        """Start a wanted thread, which starts the next one in its turn.
+
+        To start a thread is to wait until it runs: the loop does so once, however many are wanted.
+        """
+        with self._lock:
+            self._starting = self._wanted > 0
+            if not self._starting:
+                return
+            self._wanted -= 1
+        name = f"{self._name}-compute-{next(self._numbers)}"
+        try:
+            threading.Thread(target=self._serve, name=name, daemon=True).start()
+        except RuntimeError:
+            logger.exception("worker %r: cannot start a compute thread", self._name)
+            with self._lock:
+                self._starting = False
 
     def _serve(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._threads.add(threading.current_thread())
+        self._start_thread()
         while (work := self._next_work()) is not None:
             work()
             del work  # an idle thread must not keep tensors alive
@@ -127,6 +171,7 @@ async def compute(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T
     the call and torch's modes (grad, inference, autocast) at the caller hold in the thread too.
 
     Raises:
+        ResourceExhausted: the worker has as many computations under way as it takes.
         Exception: whatever `function` raises.
 
     Cancelling it stops the waiting; the thread finishes and its result is dropped.

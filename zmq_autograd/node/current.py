@@ -20,7 +20,7 @@ from zmq_autograd.wire.tensors import DTYPES
 _AUTOCAST_DEVICES: Final = ("cpu", "cuda")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """A request that is being handled.
 
@@ -30,6 +30,7 @@ class Call:
         node: the inside of that worker.
         deadline: on the event loop's clock, when nobody waits for it any more; None for never.
         modes: torch's modes at the caller.
+        is_over: its handler has returned; what runs on, in tasks of its own, has no deadline.
     """
 
     worker: Any
@@ -37,6 +38,7 @@ class Call:
     node: Any
     deadline: float | None
     modes: Modes
+    is_over: bool = False
 
 
 current_call: Final[ContextVar[Call | None]] = ContextVar("zmq_autograd_call", default=None)
@@ -45,7 +47,7 @@ current_call: Final[ContextVar[Call | None]] = ContextVar("zmq_autograd_call", d
 def shortened(timeout: float | None) -> float | None:
     """Return `timeout` in seconds, or what the current call has left if that is less."""
     call = current_call.get()
-    if call is None or call.deadline is None:
+    if call is None or call.is_over or call.deadline is None:
         return timeout
     left = call.deadline - asyncio.get_running_loop().time()
     return left if timeout is None else min(timeout, left)

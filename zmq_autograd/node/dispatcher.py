@@ -97,9 +97,11 @@ class Dispatcher:
         """
         message, request_id = request.message, request.request_id
         modes = message.modes if isinstance(message, ForwardRequest) else Modes()
-        current_call.set(Call(worker, channel.peer, node, request.deadline, modes))
+        call = Call(worker, channel.peer, node, request.deadline, modes)
+        current_call.set(call)
         try:
             reply = await self._reply_to(message, channel.peer)
+            call.is_over = True
             await channel.reply_when_drained(request_id, reply)
         except asyncio.CancelledError:
             leaving = WorkerLost(self.worker, node.me.incarnation, "it is leaving")

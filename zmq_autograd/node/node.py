@@ -64,6 +64,8 @@ class Node:
         self._dialling: dict[str, asyncio.Lock] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._leaving = False
+        self._closing = 0  # calls of `close` under way
+        self.is_closed = False
         defaults.add_to(dispatcher, registry, self)
 
     @property
@@ -123,9 +125,19 @@ class Node:
         """Take no more requests, let those under way finish, and close everything.
 
         Returns within `drain` seconds and what the transport needs to hand over what was queued;
-        whatever runs longer is cancelled.
+        whatever runs longer is cancelled.  May be called again, also while it runs; in a handler
+        it then returns at once.
         """
+        if self._closing and asyncio.current_task() in self._handling:
+            return  # whoever closes it already waits for this handler
         self._leaving = True
+        self._closing += 1
+        try:
+            await self._close(drain)
+        finally:
+            self._closing -= 1
+
+    async def _close(self, drain: float) -> None:
         await self._drain(drain)
         for channel in list(self._channels):
             channel.close(f"worker {self.me.name!r} left")
@@ -135,6 +147,7 @@ class Node:
         busy = self.pool.close()
         if busy:
             await self._join(busy)
+        self.is_closed = True
 
     # --- channels --------------------------------------------------------------------------------
 
