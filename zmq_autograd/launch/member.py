@@ -9,13 +9,15 @@ like any other, that end when everyone is where they should be.  Rank 0 in turn 
 over the same connection, and gets no answer until that member closes: where the session finds the
 member dead, that call ends with `WorkerLost`, and with it the wait of all who wait for the member.
 A member that loses rank 0 sees its own calls end in the same way.  So nobody waits for the dead,
-with no timer beside the session's own.
+with no timer beside the session's own.  Rank 0 also tells each member of each loss, so that whoever
+comes to a barrier when rank 0 itself has gone for that reason still hears of the first cause.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import Context
 from typing import Final
 
@@ -31,16 +33,20 @@ from zmq_autograd.launch.store import Entry
 from zmq_autograd.remote import RemoteWorker
 from zmq_autograd.worker import Worker
 
-__all__ = ["BARRIER", "JOIN", "LEAVE", "WATCH", "Member"]
+__all__ = ["BARRIER", "JOIN", "LEAVE", "LOST", "WATCH", "Member"]
 
-# Names under which rank 0 offers its services, and each member the last.
+# Names under which rank 0 offers its services, and the others the last two.
 JOIN: Final = "za.world.join"
 BARRIER: Final = "za.world.barrier"
 LEAVE: Final = "za.world.leave"
 WATCH: Final = "za.world.watch"
+LOST: Final = "za.world.lost"
 
 REPLY_SECONDS: Final = 10.0
 """Seconds that rank 0 has to tell that a wait is over, beyond the wait itself."""
+
+TELL_SECONDS: Final = 1.0
+"""Seconds that the others have to take in that a member is lost."""
 
 
 class Member:
@@ -68,6 +74,10 @@ class Member:
         self._dialling = [asyncio.Lock() for _ in entries]
         # Rank 0's standing calls to the others, each ending when that member does.
         self._watches: set[asyncio.Task[None]] = set()
+        # Rank 0's calls that tell of a loss, each short.
+        self._tellings: set[asyncio.Task[None]] = set()
+        # The first loss that rank 0 told us of.
+        self._loss: tuple[str, str, str] | None = None
         # Barriers passed; one is waited for at a time.
         self._passed = 0
         self._arriving = asyncio.Lock()
@@ -78,7 +88,7 @@ class Member:
             self.membership.close()
         for watch in self._watches:
             watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        await asyncio.gather(*self._watches, *self._tellings, return_exceptions=True)
 
     # --- waiting for all -------------------------------------------------------------------------
 
@@ -95,10 +105,15 @@ class Member:
         After a failure or a cancellation the next call waits at the same barrier.
         """
         async with self._arriving:
-            if self.membership:
-                await self.membership.barrier(self.rank, self._passed, timeout)
-            else:
-                await self._ask(BARRIER, self._passed, timeout, within=timeout)
+            try:
+                if self.membership:
+                    await self.membership.barrier(self.rank, self._passed, timeout)
+                else:
+                    await self._ask(BARRIER, self._passed, timeout, within=timeout)
+            except WorkerLost as error:
+                if self._loss is None:
+                    raise
+                raise WorkerLost(*self._loss) from error  # rank 0 may have gone because of it
             self._passed += 1
 
     async def leave(self, timeout: float | None, *, serving: bool) -> None:
@@ -164,7 +179,22 @@ class Member:
         watch = asyncio.create_task(self._watch(rank, peer, membership), context=Context())
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
+        # The watch goes out before the answer, after which the member may leave.
+        await asyncio.sleep(0)
         await membership.join(rank, timeout)
+
+    def hear_of_loss(self, peer: RemoteWorker, name: str, incarnation: str, reason: str) -> None:
+        """Take in from rank 0 that a member is lost.
+
+        Raises:
+            ProtocolError: `peer` is not rank 0.
+        """
+        if self.rank_of(peer) != 0:
+            raise ProtocolError(
+                f"expected rank 0, got worker {peer.name!r}: only rank 0 tells who is lost",
+                worker=peer.name,
+            )
+        self._loss = self._loss or (name, incarnation, reason)
 
     def rank_of(self, peer: RemoteWorker) -> int:
         """Return the rank of a peer.
@@ -189,7 +219,22 @@ class Member:
             reason = error.reason
         except ZmqAutogradError as error:
             reason = f"it cannot be watched: {error}"
+        if not membership.is_gone(rank):
+            self._tell(self._entries[rank], reason)
         membership.lose(rank, reason)
+
+    def _tell(self, lost: Entry, reason: str) -> None:
+        """Tell all other members that one is lost."""
+
+        async def tell(peer: RemoteWorker) -> None:
+            with suppress(ZmqAutogradError):  # who cannot be told is lost too, and has its watch
+                await peer.call(LOST, lost.name, lost.incarnation, reason, timeout=TELL_SECONDS)
+
+        for rank, peer in self._peers.items():
+            if rank != lost.rank:
+                telling = asyncio.create_task(tell(peer))
+                self._tellings.add(telling)
+                telling.add_done_callback(self._tellings.discard)
 
 
 def _check_names(entries: Sequence[Entry]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from zmq_autograd.errors import DeadlineExceeded, ProtocolError, WorkerLost
 from zmq_autograd.launch.store import Entry
@@ -22,16 +21,12 @@ __all__ = ["Membership", "Stand"]
 
 
 class Stand(enum.Enum):
-    """Where a member stands.  Each leads to any below it."""
+    """Where a member stands; each leads to any below it."""
 
     ABSENT = "absent"  # not heard of yet
     JOINED = "joined"
     SERVING = "serving"  # has nothing more to do of its own, and answers the others
-    LOST = "lost"
-    LEAVING = "leaving"
-
-
-BUSY: Final = {Stand.ABSENT, Stand.JOINED}
+    GONE = "gone"  # leaves, or is lost
 
 
 class Membership:
@@ -43,9 +38,9 @@ class Membership:
        pass, so that at any time only one number is open.
     2. Arriving is remembered.  A member that gave up waiting may come again with the same number,
        and finds it open still, or passed.
-    3. Every member takes part in a barrier except those that only serve.  One that is lost or
-       leaves can never arrive: the open barrier fails, and so does every later one.
-    4. The world is over when every member serves, leaves or is lost.
+    3. Every member takes part in a barrier except those that only serve.  Once one leaves or is
+       lost, the open barrier fails, and so does every later one.
+    4. The world is over when every member serves or is gone.
     5. When rank 0 closes the books, whoever still waits learns that rank 0 is lost to him.
     """
 
@@ -70,7 +65,8 @@ class Membership:
             WorkerLost: one came and was lost.
         """
         self._move(rank, Stand.JOINED)
-        await self._wait("join", lambda: self._in({Stand.ABSENT}), timeout)
+        absent = {Stand.ABSENT}
+        await self._wait("join", lambda: not self._in(absent), lambda: self._in(absent), timeout)
 
     async def barrier(self, rank: int, number: int, timeout: float) -> None:
         """Let `rank` arrive at barrier `number`, and wait until all who take part have.
@@ -88,7 +84,8 @@ class Membership:
         if number == self._barrier:
             self._arrived.add(rank)
             self._change()
-        await self._wait(f"barrier {number}", lambda: self._missing_at(number), timeout)
+        event = f"barrier {number}"
+        await self._wait(event, lambda: number < self._barrier, self._not_arrived, timeout)
 
     async def leave(self, rank: int, timeout: float | None, *, serving: bool) -> None:
         """Let `rank` have nothing more to do, and wait until the world is over.
@@ -104,22 +101,25 @@ class Membership:
         if serving:
             self._move(rank, Stand.SERVING)
         else:
-            self._remove(rank, Stand.LEAVING, "it is leaving")
-        await self._wait("leave", lambda: self._in(BUSY), timeout, even_if_lost=True)
+            self.lose(rank, "it is leaving")
+        busy = {Stand.ABSENT, Stand.JOINED}
+        await self._wait(
+            "leave", lambda: not self._in(busy), lambda: self._in(busy), timeout, even_if_lost=True
+        )
+
+    def is_gone(self, rank: int) -> bool:
+        """Whether `rank` has left or was lost."""
+        return self._stands[rank] is Stand.GONE
 
     def lose(self, rank: int, reason: str) -> None:
-        """Take in that `rank` is lost; means nothing if it was leaving."""
-        if self._stands[rank] is not Stand.LEAVING:
-            self._remove(rank, Stand.LOST, reason)
+        """Take in that `rank` is gone; the first reason given for the first one counts."""
+        self._lost = self._lost or (self._entries[rank], reason)
+        self._move(rank, Stand.GONE)
 
     def close(self) -> None:
         """End every wait that is not over, rank 0 being about to leave."""
         self._closed = True
         self._change()
-
-    def _remove(self, rank: int, stand: Stand, reason: str) -> None:
-        self._lost = self._lost or (self._entries[rank], reason)
-        self._move(rank, stand)
 
     def _move(self, rank: int, stand: Stand) -> None:
         self._stands[rank] = stand
@@ -127,7 +127,7 @@ class Membership:
 
     def _change(self) -> None:
         """Open the barrier if that is due, and have all who wait look again."""
-        if not self._lost and not self._missing_at(self._barrier):
+        if not self._lost and not self._not_arrived():
             self._barrier += 1
             self._arrived.clear()
         self._changed.set()
@@ -136,17 +136,15 @@ class Membership:
     def _in(self, stands: set[Stand]) -> list[int]:
         return [rank for rank, stand in enumerate(self._stands) if stand in stands]
 
-    def _missing_at(self, number: int) -> list[int]:
-        """Return the ranks that barrier `number` still waits for."""
-        if number < self._barrier:
-            return []
-        everyone = range(len(self._entries))
-        serving = self._in({Stand.SERVING})
-        return [rank for rank in everyone if rank not in self._arrived and rank not in serving]
+    def _not_arrived(self) -> list[int]:
+        """Return the ranks that the open barrier waits for."""
+        there = self._arrived.union(self._in({Stand.SERVING}))
+        return [rank for rank in range(len(self._entries)) if rank not in there]
 
     async def _wait(
         self,
         event: str,
+        over: Callable[[], bool],
         missing: Callable[[], list[int]],
         timeout: float | None,
         *,
@@ -154,11 +152,11 @@ class Membership:
     ) -> None:
         try:
             async with asyncio.timeout(timeout):
-                while missing():
-                    if self._closed:
-                        raise _loss(self._entries[0], "it is leaving")
+                while not over():
                     if self._lost and not even_if_lost:
                         raise _loss(*self._lost)
+                    if self._closed:
+                        raise _loss(self._entries[0], "it is leaving")
                     await self._changed.wait()
         except TimeoutError:
             names = [self._entries[rank].name for rank in missing()]

@@ -63,9 +63,6 @@ async def serve(worker: Worker, announce: Callable[[Sequence[str]], None]) -> No
         if not worker.endpoints:
             raise ConfigurationError(f"worker {worker.name!r} listens nowhere: use --listen")
         serving = asyncio.create_task(worker.serve_forever())
-        try:
-            await asyncio.sleep(0)  # so that it hears signals before anyone knows of it
-            announce(worker.endpoints)
-            await serving
-        finally:
-            serving.cancel()
+        await asyncio.sleep(0)  # so that it hears signals before anyone knows of it
+        announce(worker.endpoints)
+        await serving

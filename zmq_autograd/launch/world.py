@@ -12,13 +12,13 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final
 
 from zmq_autograd.errors import ConfigurationError, ProtocolError, ZmqAutogradError
 from zmq_autograd.launch.environment import Environment, read_environment
-from zmq_autograd.launch.member import BARRIER, JOIN, LEAVE, WATCH, Member
+from zmq_autograd.launch.member import BARRIER, JOIN, LEAVE, LOST, WATCH, Member
 from zmq_autograd.launch.membership import Membership
 from zmq_autograd.launch.store import Entry, exchange, open_store
 from zmq_autograd.remote import RemoteWorker
@@ -246,36 +246,45 @@ class WorldWorker(Worker):
         async def watch() -> None:
             await self._closing.wait()
 
+        async def lost(name: str, incarnation: str, reason: str) -> None:
+            member, peer = await self._asked()
+            member.hear_of_loss(peer, name, incarnation, reason)
+
         async def join(timeout: float) -> None:
-            member, membership, peer = await self._asked()
-            await member.admit(peer, membership, timeout)
+            member, peer = await self._asked()
+            await member.admit(peer, _books(member), timeout)
 
         async def barrier(number: int, timeout: float) -> None:
-            member, membership, peer = await self._asked()
-            await membership.barrier(member.rank_of(peer), number, timeout)
+            member, peer = await self._asked()
+            await _books(member).barrier(member.rank_of(peer), number, timeout)
 
         async def leave(timeout: float | None, serving: bool) -> None:
-            member, membership, peer = await self._asked()
-            await membership.leave(member.rank_of(peer), timeout, serving=serving)
+            member, peer = await self._asked()
+            await _books(member).leave(member.rank_of(peer), timeout, serving=serving)
 
-        self._registry.register(watch, WATCH, internal=True)
+        services: dict[str, Callable[..., Awaitable[None]]]
         if self.rank == 0:
-            self._registry.register(join, JOIN, internal=True)
-            self._registry.register(barrier, BARRIER, internal=True)
-            self._registry.register(leave, LEAVE, internal=True)
+            services = {JOIN: join, BARRIER: barrier, LEAVE: leave}
+        else:
+            services = {WATCH: watch, LOST: lost}
+        for name, service in services.items():
+            self._registry.register(service, name, internal=True)
 
-    async def _asked(self) -> tuple[Member, Membership, RemoteWorker]:
-        """Return what a service of rank 0 needs: itself, its books, and who asks.
+    async def _asked(self) -> tuple[Member, RemoteWorker]:
+        """Return this member and who asks it for a service.
 
-        Others may ask before rank 0 knows of them, and then wait until it does.
+        Others may ask before this member knows of them, and then wait until it does.
         """
         peer = current_peer()
         if self._member is None or peer is None:
             raise ConfigurationError(f"worker {self.name!r} is not running")
-        member = await asyncio.shield(self._member)
-        if member.membership is None:
-            raise ProtocolError(f"expected rank 0, got rank {member.rank}", worker=self.name)
-        return member, member.membership, peer
+        return await asyncio.shield(self._member), peer
+
+
+def _books(member: Member) -> Membership:
+    if member.membership is None:
+        raise ProtocolError(f"expected rank 0, got rank {member.rank}")
+    return member.membership
 
 
 def _default_listen(environment: Environment) -> str:

@@ -1,0 +1,525 @@
+"""`za.init`: a world of processes that find each other, wait for each other and leave together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import DEADLINE
+
+from zmq_autograd import Worker
+from zmq_autograd.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    ProtocolError,
+    WorkerLost,
+)
+from zmq_autograd.launch.environment import rank_variables, read_environment
+from zmq_autograd.launch.member import BARRIER, LOST, Member
+from zmq_autograd.launch.store import Entry, host_store
+from zmq_autograd.launch.world import WorldWorker, init
+
+LOST_SECONDS = 3.0
+"""Within which a killed member is known to be lost."""
+
+
+# With a process's first store libuv opens a pipe that lasts as long as the process.
+host_store("127.0.0.1", 0)
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Host a store, as a launcher does, and return its port."""
+    store = host_store("127.0.0.1", 0)
+    yield store.port
+    del store
+
+
+def member(rank: int, world_size: int, port: int, **options: object) -> WorldWorker:
+    """Return a member whose launcher hosts the store at `port`; all live in this process."""
+    variables = rank_variables(rank, world_size, master_port=port, run_id="test")
+    return WorldWorker(read_environment(variables), **options)  # type: ignore[arg-type]
+
+
+def members(world_size: int, port: int, **options: object) -> list[WorldWorker]:
+    return [member(rank, world_size, port, **options) for rank in range(world_size)]
+
+
+@asynccontextmanager
+async def running(workers: list[WorldWorker]) -> AsyncIterator[list[WorldWorker]]:
+    """Start all at once, and have all leave at once."""
+    async with asyncio.timeout(DEADLINE):
+        await asyncio.gather(*(worker.__aenter__() for worker in workers))
+        try:
+            yield workers
+        finally:
+            await asyncio.gather(*(leave(worker) for worker in workers))
+
+
+async def leave(worker: WorldWorker) -> None:
+    await worker.__aexit__(None, None, None)
+
+
+async def fail(worker: WorldWorker) -> None:
+    error = RuntimeError("its block raised")
+    await worker.__aexit__(RuntimeError, error, None)
+
+
+async def outcomes(*waiting: Awaitable[object]) -> list[object]:
+    return list(await asyncio.gather(*waiting, return_exceptions=True))
+
+
+async def under_way(waiting: Awaitable[None]) -> asyncio.Future[None]:
+    """Start something that waits for others, and let it get as far as it comes alone."""
+    task = asyncio.ensure_future(waiting)
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    return task
+
+
+async def test_members_know_each_other_by_rank_and_by_name(port: int) -> None:
+    workers = members(3, port)
+    for worker in workers:
+        worker.register(lambda x, rank=worker.rank: (rank, x), name="tell")
+    async with running(workers):
+        for worker in workers:
+            assert (worker.name, worker.world_size) == (f"worker{worker.rank}", 3)
+            for rank in {0, 1, 2} - {worker.rank}:
+                peer = await worker.peer(rank)
+                assert await worker.peer(f"worker{rank}") is peer
+                assert (peer.name, peer.incarnation) == (peer.name, workers[rank].incarnation)
+                assert await peer.call("tell", "x") == (rank, "x")
+
+
+async def test_a_peer_asked_for_twice_at_once_is_dialled_once(port: int) -> None:
+    async with running(members(3, port)) as workers:
+        one, other = await asyncio.gather(workers[1].peer(2), workers[1].peer("worker2"))
+        assert one is other
+
+
+async def test_a_peer_that_is_none_is_refused(port: int) -> None:
+    async with running(members(2, port)) as workers:
+        with pytest.raises(ConfigurationError, match="'worker0', 'worker1', got 'bob'"):
+            await workers[0].peer("bob")
+        with pytest.raises(ConfigurationError, match=r"a rank below 2 .* got 2"):
+            await workers[0].peer(2)
+        with pytest.raises(ConfigurationError, match="got 1: itself"):
+            await workers[1].peer(1)
+
+
+async def test_names_are_free_to_choose(port: int) -> None:
+    workers = [member(0, 2, port, name="server"), member(1, 2, port)]
+    async with running(workers):
+        assert (await workers[1].peer("server")).name == "server"
+        assert (await workers[0].peer("worker1")).name == "worker1"
+
+
+@pytest.mark.parametrize("agent_store", [True, False], ids=["agent", "rank 0"])
+async def test_two_members_of_one_name_are_refused_everywhere(port: int, agent_store: bool) -> None:
+    port = port if agent_store else free_port()
+    workers = [
+        WorldWorker(
+            replace(
+                read_environment(rank_variables(rank, 3, master_port=port, run_id="test")),
+                agent_store=agent_store,
+            ),
+            name="a" if rank else "b",
+        )
+        for rank in range(3)
+    ]
+    errors = await outcomes(*(worker.start() for worker in workers))
+    assert [type(error) for error in errors] == [ConfigurationError] * 3
+    assert all("got 'a' for ranks 1 and 2" in str(error) for error in errors)
+    assert not any(worker.endpoints for worker in workers)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+async def test_who_does_not_come_is_named_and_nothing_stays_open(port: int) -> None:
+    worker = member(0, 3, port, timeout=0.2)
+    with pytest.raises(DeadlineExceeded, match="rank 1, rank 2"):
+        await worker.start()
+    assert worker.endpoints == []
+
+
+async def test_joining_can_be_cancelled(port: int) -> None:
+    worker = member(0, 2, port)
+    joining = await under_way(worker.start())
+    joining.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await joining
+    assert worker.endpoints == []
+
+
+async def test_a_world_can_be_joined_again(port: int) -> None:
+    workers = members(2, port)
+    lives = set()
+    for _ in range(2):
+        async with running(workers):
+            lives.add((await workers[0].peer(1)).incarnation)
+            await asyncio.gather(*(worker.barrier() for worker in workers))
+    assert len(lives) == 2
+
+
+async def test_a_world_may_be_of_one(port: int) -> None:
+    async with running(members(1, port)) as [worker]:
+        for _ in range(3):
+            await worker.barrier()
+        await worker.serve_forever()
+
+
+async def test_a_barrier_holds_until_the_last_any_number_of_times(port: int) -> None:
+    async with running(members(3, port)) as workers:
+        for number in range(6):
+            last = workers[number % 3]
+            early = [asyncio.ensure_future(w.barrier()) for w in workers if w is not last]
+            await asyncio.sleep(0.01)
+            assert not any(task.done() for task in early)
+            await asyncio.gather(last.barrier(), *early)
+
+
+async def test_a_barrier_names_who_is_late_and_may_be_tried_again(port: int) -> None:
+    async with running(members(3, port)) as workers:
+        for early in (workers[1], workers[0]):
+            with pytest.raises(DeadlineExceeded, match="'worker2'") as info:
+                await early.barrier(timeout=0.05)
+        assert info.value.workers == ("worker2",)
+        await workers[2].barrier(timeout=0.05)
+        await asyncio.gather(workers[1].barrier(), workers[0].barrier())
+
+
+async def test_a_member_that_leaves_fails_the_barrier(port: int) -> None:
+    async with running(members(3, port)) as workers:
+        waiting = [await under_way(workers[rank].barrier()) for rank in (0, 2)]
+        leaving = await under_way(leave(workers[1]))
+        for error in await outcomes(*waiting):
+            assert isinstance(error, WorkerLost)
+            assert (error.name, error.reason) == ("worker1", "it is leaving")
+        await asyncio.gather(leaving, leave(workers[0]), leave(workers[2]))
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+async def test_a_member_whose_block_raised_waits_for_nobody(port: int, failing: int) -> None:
+    async with running(members(3, port)) as workers:
+        lost = workers[failing].incarnation
+        waiting = [await under_way(w.barrier()) for w in workers if w.rank != failing]
+        async with asyncio.timeout(2):
+            await fail(workers[failing])
+            errors = await outcomes(*waiting)
+        for error in errors:
+            assert isinstance(error, WorkerLost)
+            assert (error.name, error.incarnation) == (f"worker{failing}", lost)
+
+
+async def test_the_first_cause_is_told_even_when_rank_0_goes_because_of_it(port: int) -> None:
+    async def fail_when_lost(worker: WorldWorker) -> None:
+        with pytest.raises(WorkerLost, match=r"worker 'worker1'.* is lost: it has left"):
+            await worker.barrier()
+        await fail(worker)
+
+    async with running(members(3, port)) as workers:
+        rank_0 = await under_way(fail_when_lost(workers[0]))
+        await asyncio.gather(fail(workers[1]), rank_0)
+        with pytest.raises(WorkerLost, match=r"worker 'worker1'.* is lost: it has left"):
+            await workers[2].barrier()
+
+
+async def test_a_member_that_fails_as_soon_as_it_has_joined_has_left(port: int) -> None:
+    others = members(2, port)
+    joining = await under_way(others[0].start())
+    with pytest.raises(RuntimeError):
+        async with others[1]:
+            raise RuntimeError("its block raised")
+    await joining
+    with pytest.raises(WorkerLost, match="it has left"):
+        await others[0].barrier()
+    await leave(others[0])
+
+
+async def test_only_rank_0_tells_who_is_lost(port: int) -> None:
+    async with running(members(3, port)) as workers:
+        with pytest.raises(ProtocolError, match="expected rank 0, got worker 'worker2'"):
+            await (await workers[2].peer(1)).call(LOST, "worker0", "ab" * 16, "so I say")
+        await asyncio.gather(*(worker.barrier() for worker in workers))
+
+
+async def test_leaving_waits_for_the_others(port: int) -> None:
+    async with running(members(2, port)) as workers:
+        for worker in workers:
+            worker.register(lambda: "here", name="tell")
+        leaving = await under_way(leave(workers[1]))
+        assert await (await workers[0].peer(1)).call("tell") == "here"
+        await leave(workers[0])
+        await leaving
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_leaving_waits_no_longer_than_its_bound(
+    port: int, first: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = members(2, port)
+    workers[first] = member(first, 2, port, timeout=1)
+    async with running(workers):
+        await leave(workers[first])
+        assert f"'worker{first}' leaves before the others" in caplog.text
+        async with asyncio.timeout(2):  # and who comes later does not wait for the one that left
+            await leave(workers[1 - first])
+
+
+async def test_who_serves_goes_when_the_others_have_left(port: int) -> None:
+    async with running(members(3, port)) as workers:
+        serving = await under_way(workers[1].serve_forever())
+        await asyncio.gather(workers[0].barrier(), workers[2].barrier())
+        leaving = await under_way(leave(workers[0]))
+        assert not serving.done()
+        await asyncio.gather(leave(workers[2]), leaving, serving)
+
+
+async def test_serving_ends_when_the_worker_is_closed(port: int) -> None:
+    async with running(members(2, port)) as workers:
+        serving = await under_way(workers[1].serve_forever())
+        await workers[1].close()
+        await serving
+
+
+async def test_a_signal_ends_serving_and_then_nobody_is_waited_for(port: int) -> None:
+    async with running(members(2, port)) as workers:
+        serving = await under_way(workers[1].serve_forever())
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+        async with asyncio.timeout(2):
+            await leave(workers[1])
+
+
+async def test_a_stranger_cannot_take_part(port: int) -> None:
+    async with running(members(2, port)) as workers, Worker("worker1") as stranger:
+        coordinator = await stranger.connect(workers[0].endpoints[0])
+        with pytest.raises(ProtocolError, match="a member of the world, got worker 'worker1'"):
+            await coordinator.call(BARRIER, 0, 5.0)
+
+
+async def test_whoever_answers_in_a_member_s_place_is_not_taken_for_it() -> None:
+    async with Worker("worker1", listen="tcp://127.0.0.1:0") as other, Worker("worker0") as worker:
+        entries = [
+            Entry(0, "worker0", ("tcp://127.0.0.1:1",), worker.incarnation),
+            Entry(1, "worker1", tuple(other.endpoints), "ab" * 16),
+        ]
+        with pytest.raises(WorkerLost, match=r"'worker1' .*abababab.* answers in its place"):
+            await Member(worker, 0, entries).peer(1, 5)
+
+
+async def test_each_endpoint_of_a_member_is_tried() -> None:
+    async with Worker("worker1", listen="tcp://127.0.0.1:0") as other, Worker("worker0") as worker:
+        nobody = f"tcp://127.0.0.1:{free_port()}"
+        entries = [
+            Entry(0, "worker0", (nobody,), worker.incarnation),
+            Entry(1, "worker1", (nobody, *other.endpoints), other.incarnation),
+        ]
+        assert (await Member(worker, 0, entries).peer(1, 0.6)).name == "worker1"
+
+
+async def test_the_endpoints_of_a_member_share_the_time() -> None:
+    nobody = [f"tcp://127.0.0.1:{free_port()}" for _ in range(3)]
+    async with Worker("worker0") as worker:
+        entries = [
+            Entry(0, "worker0", ("tcp://127.0.0.1:1",), worker.incarnation),
+            Entry(1, "worker1", tuple(nobody), "ab" * 16),
+        ]
+        async with asyncio.timeout(1.2):
+            with pytest.raises(WorkerLost, match=f"'worker1'.* nobody answers at {nobody[0]}, "):
+                await Member(worker, 0, entries).peer(1, 0.6)
+
+
+async def test_members_are_watched_for_longer_than_joining_may_take(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zmq_autograd.launch.member.REPLY_SECONDS", 0.2)
+    async with running(members(2, port, timeout=0.5)) as workers:
+        await asyncio.sleep(0.8)
+        await asyncio.gather(*(worker.barrier() for worker in workers))
+
+
+async def test_a_member_that_listens_everywhere_can_be_reached(port: int) -> None:
+    workers = members(2, port, listen="tcp://0.0.0.0:0", insecure=True)
+    async with running(workers):
+        assert (await workers[0].peer(1)).name == "worker1"
+        peer = await workers[1].peer(0)
+        assert peer.endpoint.startswith("tcp://127.0.0.1:")
+
+
+async def test_a_member_that_listens_nowhere_is_refused(port: int) -> None:
+    with pytest.raises(ConfigurationError, match="has to listen"):
+        await member(0, 1, port, listen=[]).start()
+
+
+async def test_outside_its_block_a_member_waits_for_nothing(port: int) -> None:
+    worker = member(0, 1, port)
+    for use in (worker.barrier, worker.serve_forever, lambda: worker.peer(1)):
+        with pytest.raises(ConfigurationError, match="'worker0' is not running"):
+            await use()
+
+
+# --- the environment -------------------------------------------------------------------------
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name in rank_variables(0, 1, master_port=1, run_id=""):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_launcher_the_way_to_launch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch)
+    with pytest.raises(ConfigurationError, match=r"RANK, .*: start .*zmq-autograd launch"):
+        init()
+
+
+def test_the_environment_gives_rank_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(
+        monkeypatch, RANK="2", WORLD_SIZE="5", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
+    )
+    worker = init()
+    assert (worker.name, worker.rank, worker.world_size) == ("worker2", 2, 5)
+
+
+def test_beyond_this_machine_trust_has_to_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}
+    monkeypatch.setattr("zmq_autograd.launch.world._own_address", lambda _: "192.0.2.7")
+    set_environment(monkeypatch, **place)
+    with pytest.raises(ConfigurationError, match=r"tcp://192\.0\.2\.7:0, beyond this machine"):
+        init()
+    init(insecure=True)
+    set_environment(monkeypatch, **place, LOCAL_WORLD_SIZE="2")
+    init()  # all on one machine, whatever its name
+
+
+def test_a_timeout_has_to_be_one(port: int) -> None:
+    with pytest.raises(ConfigurationError, match="seconds above 0, got 0"):
+        member(0, 1, port, timeout=0)
+
+
+# --- processes -------------------------------------------------------------------------------
+
+RING = """
+    import asyncio
+    import zmq_autograd as za
+
+    async def main():
+        worker = za.init()
+        got = []
+
+        @worker.register
+        async def passed(value, hops):
+            got.append(value)
+            if hops:
+                following = await worker.peer((worker.rank + 1) % worker.world_size)
+                return await following.call("passed", value + 1, hops - 1)
+            return value
+
+        async with worker:
+            if worker.rank == 0:
+                first = await worker.peer("worker1")
+                assert await first.call("passed", 10, 2) == 12
+            await worker.barrier()
+            print("rank", worker.rank, "of", worker.world_size, "got", got)
+
+    asyncio.run(main())
+"""
+
+
+async def run(*arguments: str, **variables: str) -> tuple[int | None, str, str]:
+    """Run Python in a process of its own and return its exit code, output and errors."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, *arguments),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(2 * DEADLINE):
+            output, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def test_one_script_runs_under_either_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "ring.py"
+    script.write_text(textwrap.dedent(RING))
+    ours = await run("-m", "zmq_autograd", "launch", "-n", "3", str(script))
+    torchs = await run("-m", "torch.distributed.run", "--nproc-per-node", "3", str(script))
+    assert (ours[0], torchs[0]) == (0, 0), ours[2] + torchs[2]
+    expected = ["rank 0 of 3 got [12]", "rank 1 of 3 got [10]", "rank 2 of 3 got [11]"]
+    assert sorted(ours[1].splitlines()) == [f"[{line[5]}] {line}" for line in expected]
+    assert sorted(torchs[1].splitlines()) == expected
+
+
+DEATHS = """
+    import asyncio, os, signal, time
+    import zmq_autograd as za
+
+    async def main():
+        worker = za.init()
+        arrived = asyncio.Semaphore(0)
+
+        @worker.register
+        async def arrive():
+            arrived.release()
+
+        async def wait_at_barrier(victim):
+            await (await worker.peer(victim)).call("arrive")
+            began = time.monotonic()
+            try:
+                await worker.barrier()
+            except za.WorkerLost as error:
+                print(worker.rank, "lost", error.name, len(error.incarnation), flush=True)
+                print("seconds", time.monotonic() - began, flush=True)
+
+        async with worker:
+            victim = int(os.environ["VICTIM"])
+            if worker.rank == victim:
+                for _ in range(worker.world_size - 1):
+                    await arrived.acquire()
+                os.kill(os.getpid(), signal.SIGKILL)
+            await wait_at_barrier(victim)
+            began = time.monotonic()
+        print("seconds", time.monotonic() - began, flush=True)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("victim", "world_size"), [(0, 2), (2, 3)])
+async def test_a_killed_member_is_named_to_all_who_wait_for_it(
+    tmp_path: Path, port: int, victim: int, world_size: int
+) -> None:
+    script = tmp_path / "deaths.py"
+    script.write_text(textwrap.dedent(DEATHS))
+    places = [
+        rank_variables(rank, world_size, master_port=port, run_id="x") for rank in range(world_size)
+    ]
+    ended = await asyncio.gather(
+        *(run(str(script), VICTIM=str(victim), **variables) for variables in places)
+    )
+    assert ended[victim][0] == -signal.SIGKILL
+    for rank in set(range(world_size)) - {victim}:
+        code, output, errors = ended[rank]
+        assert code == 0, errors
+        said, *seconds = output.splitlines()
+        assert said == f"{rank} lost worker{victim} 32"
+        assert all(float(line.split()[1]) < LOST_SECONDS for line in seconds)
