@@ -56,11 +56,11 @@ CASES = (
     Case("64 KiB", 64 * KIB, 1),
     Case("1 MiB", MIB, 1),
     Case("16 MiB", 16 * MIB, 1),
-    Case("64 B, 64 in flight", 64, 64),
+    Case("64 B, 64 at once", 64, 64),
 )
 PEERS = (
     Peer("zmq_autograd", "this_package", ("echo",)),
-    Peer("zmq_autograd, in thread", "this_package", ("echo_in_thread",)),
+    Peer("same, in thread", "this_package", ("echo_in_thread",)),
     Peer("torch rpc", "torch_rpc"),
     Peer("plain pyzmq", "plain_pyzmq"),
     Peer("zmq.asyncio", "pyzmq_asyncio"),
@@ -151,7 +151,7 @@ def show(results: Measurements, machine: str, rounds: int) -> None:
         ]
         cells += [f"{ratio(times[OURS], times[rival]):.2f}" for rival in RIVALS]
         table.add_row(case.name, *cells)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table)
     console.print(machine, highlight=False)
 
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a look, not a measurement")
     parser.add_argument("--output", type=Path, default=Path("output/round_trip.json"))
     arguments = parser.parse_args()
-    rounds, seconds = (3, 0.1) if arguments.quick else (9, 0.4)
+    rounds, seconds = (3, 0.1) if arguments.quick else (7, 0.3)
     machine, start = describe(), monotonic()
     with ExitStack() as stack:
         pairs = [Pair(peer, stack) for peer in PEERS]
