@@ -31,7 +31,8 @@ def consecutive_ids() -> Iterator[int]:
     for a thousand ranges of a million ids each, with probability below 1e-7.
     """
     start = random_id()
-    return ((start + offset - 1) % MAX_ID + 1 for offset in itertools.count())
+    # `count` and `map` are safe to share between threads; a generator would not be.
+    return map(lambda number: (number - 1) % MAX_ID + 1, itertools.count(start))
 
 
 def new_incarnation() -> str:

@@ -10,8 +10,10 @@ input, and checks every length before it allocates anything of that length.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,7 +23,7 @@ from zmq_autograd.errors import ProtocolError, ResourceExhausted, SerializationE
 from zmq_autograd.ids import MAX_ID
 from zmq_autograd.wire import fields as f
 from zmq_autograd.wire import messages as m
-from zmq_autograd.wire.limits import DEFAULT_LIMITS, Limits, short
+from zmq_autograd.wire.limits import DEFAULT_LIMITS, KIB, Limits, short
 from zmq_autograd.wire.tensors import TensorReader, TensorWriter
 
 Buffer = bytes | bytearray | memoryview
@@ -133,6 +135,8 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
     m.RRefAcceptResponse: Schema(0x4C, {}),
 }
 
+_LARGE_HEADER: Final = 16 * KIB
+
 _TYPES: Final = {schema.tag: (cls, schema) for cls, schema in SCHEMAS.items()}
 
 
@@ -195,6 +199,15 @@ def open_envelope(
     """
     views = [memoryview(frame).cast("B") for frame in frames]
     check_sizes([view.nbytes for view in views], limits)
+    if views[0].nbytes < _LARGE_HEADER:
+        return _open(views, limits, adopt=adopt)
+    with _collection_paused():
+        return _open(views, limits, adopt=adopt)
+
+
+def _open(
+    views: Sequence[memoryview], limits: Limits, *, adopt: bool
+) -> tuple[Envelope, m.Message]:
     header = _open_header(views[0])
     envelope = NO_ENVELOPE
     is_reply = False
@@ -254,6 +267,22 @@ def _open_header(frame: memoryview) -> dict[str, Any]:
     if type(header) is not dict:
         raise ProtocolError(f"header: expected a map, got {type(header).__name__}")
     return header
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Keep the garbage collector from running meanwhile.
+
+    Thousands of new lists would have it walk through every object of the process, again and again:
+    with torch loaded, seconds of the event loop for a header of 1 MiB.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_complete(frame: memoryview) -> None:

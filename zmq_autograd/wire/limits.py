@@ -27,6 +27,10 @@ MAX_NUMBER_KEYS: Final = 1024
 """Numbers among the keys of one dict: they hash to themselves, so a peer could choose them to
 collide, and to fill a dict with n of them would take time in proportion to n squared."""
 
+MAX_CONTAINERS: Final = 16 * KIB
+"""Lists, tuples, dicts and entries of dicts in the values of one message: each costs its receiver
+microseconds of its event loop, for as little as one byte."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

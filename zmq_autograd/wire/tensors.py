@@ -75,6 +75,7 @@ class TensorWriter:
         self.frames: list[memoryview] = []
         self._index_of: dict[int, int] = {}
         self._seen: list[Tensor] = []  # holds the tensors whose `id` is a key above
+        self.containers = 0  # kept by `values`, which bounds it
 
     def add(self, tensor: Tensor, *, detached: bool = False) -> int:
         """Take one more frame for `tensor` and return its index.
@@ -131,6 +132,7 @@ class TensorReader:
         self._frames = frames
         self._adopt = adopt
         self._made: dict[int, Tensor] = {}
+        self.containers = 0  # kept by `values`, which bounds it
 
     def take(self, index: object) -> Tensor:
         """Return tensor `index`: the same object however often it is asked for.

@@ -21,11 +21,12 @@ from typing import Any, Final
 from torch import Tensor
 
 from zmq_autograd.errors import ProtocolError, SerializationError
-from zmq_autograd.wire.limits import MAX_NESTING, MAX_NUMBER_KEYS
+from zmq_autograd.wire.limits import MAX_CONTAINERS, MAX_NESTING, MAX_NUMBER_KEYS
 from zmq_autograd.wire.tensors import TensorReader, TensorWriter
 
 _MIN_INT: Final = -(2**63)
 _MAX_INT: Final = 2**64 - 1
+_PLAIN_TYPES: Final = frozenset((type(None), bool, int, float, str, bytes))
 _KEY_TYPES: Final = (str, int, float, bytes, type(None))
 
 
@@ -41,19 +42,8 @@ def pack_value(value: Any, tensors: TensorWriter, depth: int = 0) -> Any:
         return {"tensor": tensors.add_once(value)}
     if isinstance(value, (int, float, complex)):
         return _pack_number(value)
-    if depth == MAX_NESTING:
-        raise SerializationError(f"a value nested deeper than {MAX_NESTING} levels cannot travel")
-    if isinstance(value, list):
-        return [pack_value(item, tensors, depth + 1) for item in value]
-    if isinstance(value, tuple):
-        return {"tuple": [pack_value(item, tensors, depth + 1) for item in value]}
-    if isinstance(value, dict):
-        if _has_too_many_numbers(value):
-            raise SerializationError(
-                f"a dict with more than {MAX_NUMBER_KEYS} numbers as keys cannot travel: "
-                "send a list of pairs"
-            )
-        return {"dict": [_pack_item(k, v, tensors, depth + 1) for k, v in value.items()]}
+    if isinstance(value, (list, tuple, dict)):
+        return _pack_container(value, tensors, depth)
     raise SerializationError(
         f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot travel: send "
         "tensors, numbers, str, bytes, None, or lists, tuples and dicts of them"
@@ -66,11 +56,10 @@ def unpack_value(packed: object, tensors: TensorReader, depth: int = 0) -> Any:
     Raises:
         ProtocolError: `packed` is nothing that `pack_value` makes.
     """
-    if packed is None or type(packed) in (bool, int, float, str, bytes):
+    if type(packed) in _PLAIN_TYPES:
         return packed
     if type(packed) is list:
-        inner = _one_deeper(depth)
-        return [unpack_value(item, tensors, inner) for item in packed]
+        return _unpack_items(packed, tensors, depth)
     if type(packed) is not dict or len(packed) != 1:
         raise ProtocolError(f"value: expected a map of one tag, got {type(packed).__name__}")
     ((tag, body),) = packed.items()
@@ -89,6 +78,27 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+
+
+def _pack_container(value: Any, tensors: TensorWriter, depth: int) -> Any:
+    if depth == MAX_NESTING:
+        raise SerializationError(f"a value nested deeper than {MAX_NESTING} levels cannot travel")
+    tensors.containers += 1 + (len(value) if isinstance(value, dict) else 0)
+    if tensors.containers > MAX_CONTAINERS:
+        raise SerializationError(
+            f"more than {MAX_CONTAINERS} lists, tuples, dicts and entries of dicts cannot travel "
+            "in one message: send tensors"
+        )
+    if isinstance(value, list):
+        return [pack_value(item, tensors, depth + 1) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [pack_value(item, tensors, depth + 1) for item in value]}
+    if _has_too_many_numbers(value):
+        raise SerializationError(
+            f"a dict with more than {MAX_NUMBER_KEYS} numbers as keys cannot travel: "
+            "send a list of pairs"
+        )
+    return {"dict": [_pack_item(k, v, tensors, depth + 1) for k, v in value.items()]}
 
 
 def _pack_item(key: Any, value: Any, tensors: TensorWriter, depth: int) -> list[Any]:
@@ -115,10 +125,23 @@ def _has_too_many_numbers(keys: Collection[Any]) -> bool:
     return sum(isinstance(key, (int, float)) for key in keys) > MAX_NUMBER_KEYS
 
 
-def _one_deeper(depth: int) -> int:
+def _one_deeper(tensors: TensorReader, depth: int, *, entries: int = 0) -> int:
+    """Enter one more list, tuple or dict of the message."""
     if depth == MAX_NESTING:
         raise ProtocolError(f"value nested deeper than {MAX_NESTING} levels")
+    tensors.containers += 1 + entries
+    if tensors.containers > MAX_CONTAINERS:
+        raise ProtocolError(
+            f"values of more than {MAX_CONTAINERS} lists, tuples, dicts and entries of dicts"
+        )
     return depth + 1
+
+
+def _unpack_items(packed: list[Any], tensors: TensorReader, depth: int) -> list[Any]:
+    inner = _one_deeper(tensors, depth)
+    if _PLAIN_TYPES.issuperset(map(type, packed)):  # a million numbers in milliseconds
+        return packed
+    return [unpack_value(item, tensors, inner) for item in packed]
 
 
 def _unpack_tensor(body: object, tensors: TensorReader, depth: int) -> Tensor:
@@ -128,14 +151,13 @@ def _unpack_tensor(body: object, tensors: TensorReader, depth: int) -> Tensor:
 def _unpack_tuple(body: object, tensors: TensorReader, depth: int) -> tuple[Any, ...]:
     if type(body) is not list:
         raise ProtocolError(f"value: expected a list in a tuple, got {type(body).__name__}")
-    inner = _one_deeper(depth)
-    return tuple(unpack_value(item, tensors, inner) for item in body)
+    return tuple(_unpack_items(body, tensors, depth))
 
 
 def _unpack_dict(body: object, tensors: TensorReader, depth: int) -> dict[Any, Any]:
     if type(body) is not list or not all(type(pair) is list and len(pair) == 2 for pair in body):
         raise ProtocolError("value: expected a list of [key, value] in a dict")
-    inner = _one_deeper(depth)
+    inner = _one_deeper(tensors, depth, entries=len(body))
     keys = [unpack_value(key, tensors, inner) for key, _ in body]
     for key in keys:
         if not isinstance(key, _KEY_TYPES):

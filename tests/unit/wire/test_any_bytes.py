@@ -6,6 +6,7 @@ again.  Batches name the seed that they were drawn from.
 
 from __future__ import annotations
 
+import gc
 import random
 import tracemalloc
 from collections.abc import Sequence
@@ -257,7 +258,7 @@ def test_claimed_lengths_cost_no_memory(claim: bytes, depth: int) -> None:
 
 def test_a_header_of_the_largest_size_costs_memory_in_proportion() -> None:
     size = 2**17
-    for item in (b"\x90", b"\x00", b"\xa0"):
+    for item in (b"\xc0", b"\x00", b"\xa0"):
         frame = b"\x82\xa4type\x49\xa6status\xdd" + size.to_bytes(4, "big") + item * size
         tracemalloc.start()
         try:
@@ -266,3 +267,23 @@ def test_a_header_of_the_largest_size_costs_memory_in_proportion() -> None:
         finally:
             tracemalloc.stop()
         assert peak < 256 * size
+
+
+def test_a_large_header_does_not_set_off_the_garbage_collector() -> None:
+    size = 2**17
+    frame = b"\x82\xa4type\x49\xa6status\xdd" + size.to_bytes(4, "big") + b"\x90" * size
+    collections: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        collections.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        with pytest.raises(ProtocolError, match="more than 16384 lists"):
+            decode([frame])
+        while_paused = list(collections)
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled()
+    # One may follow when the collector is back, not one for every few hundred lists.
+    assert len(while_paused) <= 4

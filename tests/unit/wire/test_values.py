@@ -14,7 +14,7 @@ from wire_samples import VALUES, same
 
 from zmq_autograd.errors import ProtocolError, SerializationError
 from zmq_autograd.wire import decode, encode
-from zmq_autograd.wire.limits import MAX_NESTING, MAX_NUMBER_KEYS
+from zmq_autograd.wire.limits import MAX_CONTAINERS, MAX_NESTING, MAX_NUMBER_KEYS
 from zmq_autograd.wire.messages import StatusResponse
 
 
@@ -202,3 +202,20 @@ def test_keys_whose_hashes_a_peer_could_choose_are_bounded() -> None:
 )
 def test_what_stands_for_no_value_is_refused(packed: object) -> None:
     assert refused(packed)
+
+
+@pytest.mark.parametrize("empty", [[], (), {}], ids=["list", "tuple", "dict"])
+def test_containers_are_counted_over_a_whole_message(empty: object) -> None:
+    most = [empty] * (MAX_CONTAINERS - 1)  # and the list around them
+    assert through(most) == most
+    assert f"more than {MAX_CONTAINERS} lists, tuples" in cannot_travel([*most, empty])
+    packed = [] if isinstance(empty, list) else {type(empty).__name__: []}
+    assert f"more than {MAX_CONTAINERS} lists" in refused([packed] * MAX_CONTAINERS)
+
+
+def test_entries_of_dicts_are_counted_with_the_containers() -> None:
+    most = {str(i): i for i in range(MAX_CONTAINERS - 1)}
+    assert through(most) == most
+    assert f"more than {MAX_CONTAINERS} lists" in cannot_travel(most | {"one": "more"})
+    entries = [[str(i), i] for i in range(MAX_CONTAINERS)]
+    assert f"more than {MAX_CONTAINERS} lists" in refused({"dict": entries})
