@@ -21,7 +21,11 @@ from zmq_autograd.transport.endpoints import tcp_endpoint
 from zmq_autograd.wire.limits import KIB
 
 # Offsets into Linux's struct tcp_info, which only ever grows at its end.
-_TCP_INFO_BYTES: Final = 136
+_TCP_INFO_BYTES: Final = 232
+_SEGMENT_BYTES: Final = struct.Struct("=I")  # the largest segment that this side sends
+_SEGMENT_BYTES_AT: Final = 16
+_WINDOW: Final = struct.Struct("=I")  # bytes that the peer's host is ready to take
+_WINDOW_AT: Final = 228
 _LAST_DATA_RECEIVED: Final = struct.Struct("=II")  # and the last acknowledgement, milliseconds ago
 _LAST_DATA_RECEIVED_AT: Final = 52
 _BYTES: Final = struct.Struct("=QQ")  # acknowledged by the peer, received from it
@@ -95,7 +99,11 @@ class Connection:
         if info is None:
             return None
         data, acknowledgement = _LAST_DATA_RECEIVED.unpack_from(info, _LAST_DATA_RECEIVED_AT)
-        return Silence(received=data / 1000, acknowledged=acknowledgement / 1000)
+        (segment,) = _SEGMENT_BYTES.unpack_from(info, _SEGMENT_BYTES_AT)
+        (window,) = _WINDOW.unpack_from(info, _WINDOW_AT)
+        # To a peer that has no room the kernel sends nothing but ever rarer probes, so that
+        # acknowledgements stay away although nothing is wrong.
+        return Silence(data / 1000, None if window < segment else acknowledgement / 1000)
 
     def read_to_end(self) -> bool:
         """Throw away what still comes; True when the peer has ended its side.
