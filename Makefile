@@ -19,7 +19,7 @@ demo: env
 	$(BIN)/python examples/multi_node.py
 
 test: env
-	$(BIN)/python -m pytest -q -m "not soak"
+	$(BIN)/python -m pytest -q
 
 soak: env
 	$(BIN)/python -m pytest -q -m soak --timeout 3600
