@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, cast
 
 from torch import Tensor
 
+from zmq_autograd.errors import SerializationError
 from zmq_autograd.node import current_modes
 from zmq_autograd.session import Identity
 from zmq_autograd.wire.messages import (
@@ -164,8 +165,13 @@ class RemoteWorker:
 
         Raises:
             ValueError: `timeout` is negative or not a number.
+            SerializationError: `message` is no request; nothing was sent.
             ZmqAutogradError: as for `call`.
         """
+        if not isinstance(message, Request):
+            raise SerializationError(
+                f"expected a request of zmq_autograd.messages, got {type(message).__name__}"
+            )
         return await self._session.request(message, checked_timeout(timeout))
 
     async def _call(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import DEADLINE, Pair, connected
+from helpers import DEADLINE, SCHEMES, Pair, connected, endpoint_of
 
 import zmq_autograd as za
 
@@ -29,7 +31,7 @@ def modes() -> Modes:
     )
 
 
-def all_modes() -> list[torch.autograd.grad_mode._DecoratorContextManager | torch.autocast]:
+def all_modes() -> list[Any]:
     return [
         torch.enable_grad(),
         torch.no_grad(),
@@ -145,13 +147,18 @@ async def test_a_module_computes_as_it_does_here_under_autocast(pair: Pair) -> N
 
 async def test_inference_tensors_travel_and_arrive_as_plain_ones(pair: Pair) -> None:
     seen: list[torch.Tensor] = []
-    pair.bob.register(lambda x: seen.append(x) or x * 2, "double")
+
+    @pair.bob.register
+    def double(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x * 2
+
     with torch.inference_mode():
         result = await pair.remote_bob.call("double", torch.ones(2))
     assert result.tolist() == [2, 2]
     assert not result.is_inference()
     assert not seen[0].is_inference()
-    result.requires_grad_().sum().backward()
+    assert torch.autograd.grad(result.requires_grad_().sum(), result)[0].tolist() == [1, 1]
 
 
 async def test_context_variables_of_a_caller_stay_with_it(pair: Pair) -> None:
@@ -171,8 +178,14 @@ async def test_context_variables_of_a_caller_stay_with_it(pair: Pair) -> None:
     assert await pair.remote_bob.call("get") == "unset"
 
 
-async def test_context_variables_of_a_handler_that_connects_stay_with_it(endpoint: str) -> None:
-    async with connected(endpoint) as pair, za.Worker("carol", listen="memory://vars") as carol:
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_context_variables_of_a_handler_that_connects_stay_with_it(
+    scheme: str, tmp_path: Path
+) -> None:
+    async with (
+        connected() as pair,
+        za.Worker("carol", listen=endpoint_of(scheme, tmp_path)) as carol,
+    ):
         carol_sees: list[za.RemoteWorker] = []
         pair.bob.register(variable.get, "get")
 
@@ -185,7 +198,7 @@ async def test_context_variables_of_a_handler_that_connects_stay_with_it(endpoin
         @pair.bob.register
         async def connect() -> None:
             variable.set("of one call")
-            remote_carol = await pair.bob.connect("memory://vars")
+            remote_carol = await pair.bob.connect(carol.endpoints[0])
             await remote_carol.call("hello")
 
         await pair.remote_bob.call("connect")

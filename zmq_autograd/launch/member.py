@@ -179,8 +179,6 @@ class Member:
         watch = asyncio.create_task(self._watch(rank, peer, membership), context=Context())
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
-        # The watch goes out before the answer, after which the member may leave.
-        await asyncio.sleep(0)
         await membership.join(rank, timeout)
 
     def hear_of_loss(self, peer: RemoteWorker, name: str, incarnation: str, reason: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final
 
-from zmq_autograd.errors import ConfigurationError, ProtocolError, ZmqAutogradError
+from zmq_autograd.errors import ConfigurationError, ProtocolError, WorkerLost, ZmqAutogradError
 from zmq_autograd.launch.environment import Environment, read_environment
 from zmq_autograd.launch.member import BARRIER, JOIN, LEAVE, LOST, WATCH, Member
 from zmq_autograd.launch.membership import Membership
@@ -277,7 +277,7 @@ class WorldWorker(Worker):
         """
         peer = current_peer()
         if self._member is None or peer is None:
-            raise ConfigurationError(f"worker {self.name!r} is not running")
+            raise WorkerLost(self.name, self.incarnation, "it is leaving")
         return await asyncio.shield(self._member), peer
 
 

@@ -7,6 +7,7 @@ passed to it make.  The facade above it is `zmq_autograd.worker`.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -63,6 +64,7 @@ class Node:
         self._dialled: dict[str, Channel] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
         self._handling: set[asyncio.Task[None]] = set()
+        self._context = contextvars.copy_context()
         self._leaving = False
         self._closing = 0  # calls of `close` under way
         self.is_closed = False
@@ -182,7 +184,8 @@ class Node:
     def handle(self, channel: Channel, request: HandleRequest) -> asyncio.Task[None]:
         """Start handling a request of the peer's."""
         run = self._refuse if self._leaving else self._run
-        task = asyncio.create_task(run(request, channel))
+        # Not in the context of whoever dialled or sent: its variables are not the handler's.
+        task = asyncio.create_task(run(request, channel), context=self._context.copy())
         self._handling.add(task)
         task.add_done_callback(self._handling.discard)
         return task

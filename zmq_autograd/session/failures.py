@@ -8,8 +8,8 @@ lost or slow worker three hops away by its name.  Anything else that a handler r
 from __future__ import annotations
 
 import traceback
-from pathlib import Path
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from zmq_autograd.errors import (
