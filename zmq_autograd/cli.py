@@ -88,7 +88,7 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--grace",
-        type=float,
+        type=_seconds,
         default=10.0,
         metavar="SECONDS",
         help="time between asking processes to end and killing them (default: %(default)s)",
@@ -118,6 +118,16 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
         help="listen beyond the loopback address without keys: the network is trusted",
     )
     parser.set_defaults(run=_worker)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds, got {text!r}")
+    return seconds
 
 
 def _positive(text: str) -> int:

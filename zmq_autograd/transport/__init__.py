@@ -23,7 +23,7 @@ from zmq_autograd.transport.base import (
 )
 from zmq_autograd.transport.endpoints import Endpoint, is_loopback, parse_endpoint
 from zmq_autograd.transport.memory import MemoryLink, MemoryListener, MemoryTransport
-from zmq_autograd.transport.transports import Transports, open_transport
+from zmq_autograd.transport.transports import Transports
 from zmq_autograd.transport.zmq import ZmqTransport
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "Buffer",
     "Silence",
     "LinkClosed",
-    "open_transport",
     "Transports",
     "ZmqTransport",
     "MemoryTransport",

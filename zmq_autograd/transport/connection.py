@@ -21,6 +21,7 @@ from zmq_autograd.transport.endpoints import tcp_endpoint
 from zmq_autograd.wire.limits import KIB
 
 # Offsets into Linux's struct tcp_info, which only ever grows at its end.
+_TCP_INFO: Final = getattr(socket, "TCP_INFO", None)  # Linux alone has it
 _TCP_INFO_BYTES: Final = 232
 _SEGMENT_BYTES: Final = struct.Struct("=I")  # the largest segment that this side sends
 _SEGMENT_BYTES_AT: Final = 16
@@ -30,6 +31,7 @@ _LAST_DATA_RECEIVED: Final = struct.Struct("=II")  # and the last acknowledgemen
 _LAST_DATA_RECEIVED_AT: Final = 52
 _BYTES: Final = struct.Struct("=QQ")  # acknowledged by the peer, received from it
 _BYTES_AT: Final = 120
+_COUNTERS_END: Final = 136  # older kernels tell no more, and so nothing of the window
 
 _READ_BYTES: Final = 256 * KIB
 _READS_PER_LOOK: Final = 16
@@ -64,9 +66,12 @@ class Connection:
         self.settled_bytes = 0
         self._socket = _duplicate(fd, belongs)
         self._is_tcp = False
+        # Two ends in one: what dialling a free port of one's own machine may come to.
+        self.is_to_itself = False
         if self._socket is not None:
             self._is_tcp = self._socket.family in (socket.AF_INET, socket.AF_INET6)
             self.address = _peer_address(self._socket)
+            self.is_to_itself = self._is_tcp and _names_itself(self._socket)
 
     @property
     def held(self) -> bool:
@@ -90,7 +95,10 @@ class Connection:
         """Return how many bytes wait in the kernel for the peer's."""
         if self._socket is None:
             return 0
-        waiting = fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+        try:
+            waiting = fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+        except OSError:  # this system does not tell of sockets
+            return 0
         return int(struct.unpack("=i", waiting)[0])
 
     def silence(self) -> Silence | None:
@@ -99,11 +107,7 @@ class Connection:
         if info is None:
             return None
         data, acknowledgement = _LAST_DATA_RECEIVED.unpack_from(info, _LAST_DATA_RECEIVED_AT)
-        (segment,) = _SEGMENT_BYTES.unpack_from(info, _SEGMENT_BYTES_AT)
-        (window,) = _WINDOW.unpack_from(info, _WINDOW_AT)
-        # To a peer that has no room the kernel sends nothing but ever rarer probes, so that
-        # acknowledgements stay away although nothing is wrong.
-        return Silence(data / 1000, None if window < segment else acknowledgement / 1000)
+        return Silence(data / 1000, acknowledgement / 1000 if _has_room(info) else None)
 
     def read_to_end(self) -> bool:
         """Throw away what still comes; True when the peer has ended its side.
@@ -152,10 +156,26 @@ class Connection:
             self._socket = None
 
     def _tcp_info(self) -> bytes | None:
-        if self._socket is None or not self._is_tcp:
+        if self._socket is None or not self._is_tcp or _TCP_INFO is None:
             return None
-        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        return info if len(info) == _TCP_INFO_BYTES else None
+        try:
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:  # not allowed to ask
+            return None
+        return info if len(info) >= _COUNTERS_END else None
+
+
+def _has_room(info: bytes) -> bool:
+    """Say whether the peer's host is known to have room for a segment.
+
+    To one that has none the kernel sends nothing but ever rarer probes, so that acknowledgements
+    stay away although nothing is wrong.
+    """
+    if len(info) < _TCP_INFO_BYTES:
+        return False
+    (segment,) = _SEGMENT_BYTES.unpack_from(info, _SEGMENT_BYTES_AT)
+    (window,) = _WINDOW.unpack_from(info, _WINDOW_AT)
+    return bool(window >= segment)
 
 
 def _duplicate(fd: int, belongs: Callable[[socket.socket], bool]) -> socket.socket | None:
@@ -177,6 +197,13 @@ def _duplicate(fd: int, belongs: Callable[[socket.socket], bool]) -> socket.sock
         return duplicate
     duplicate.close()
     return None
+
+
+def _names_itself(connected: socket.socket) -> bool:
+    try:
+        return bool(connected.getsockname() == connected.getpeername())
+    except OSError:
+        return False
 
 
 def _peer_address(connected: socket.socket) -> str:

@@ -41,11 +41,6 @@ class Endpoint:
     host: str
     port: int = 0
 
-    @property
-    def is_ipv6(self) -> bool:
-        """Whether the host is an IPv6 address."""
-        return self.scheme == "tcp" and ":" in self.host
-
 
 def parse_endpoint(text: str) -> Endpoint:
     """Take `text` apart.

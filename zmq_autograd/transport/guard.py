@@ -71,8 +71,14 @@ class Guard:
 
     def _look(self) -> None:
         self._timer = None
-        now = time.monotonic()
-        strangers = False
+        strangers = any(not each.admitted for each in self._watched)
+        try:
+            self._look_at_all(time.monotonic())
+        finally:
+            if self._watched:
+                self._set_timer(STRANGER_LOOK_SECONDS if strangers else LOOK_SECONDS)
+
+    def _look_at_all(self, now: float) -> None:
         # Whether all that had arrived was delivered, by owner.
         settled: dict[Guarded, bool] = {}
         for connection, owner in list(self._watched.items()):
@@ -81,13 +87,10 @@ class Guard:
                     settled[owner] = owner.take_arrived()
                 reason = self._look_at_admitted(connection) if settled[owner] else None
             else:
-                strangers = True
                 reason = self._look_at_stranger(connection, now)
             if reason is not None and connection in self._watched:
                 self.forget(connection)
                 owner.cut(connection, reason)
-        if self._watched:
-            self._set_timer(STRANGER_LOOK_SECONDS if strangers else LOOK_SECONDS)
 
     def _look_at_stranger(self, connection: Connection, now: float) -> str | None:
         received = connection.received_bytes()

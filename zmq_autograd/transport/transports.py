@@ -39,12 +39,3 @@ class Transports:
     async def close(self) -> None:
         """Close every link and listener; returns within `LINGER_SECONDS` plus a second."""
         await asyncio.gather(*(each.close() for each in set(self._by_scheme.values())))
-
-
-def open_transport(limits: Limits = DEFAULT_LIMITS) -> Transport:
-    """Return a transport for every scheme; it opens nothing before it is used.
-
-    Args:
-        limits: on what one incoming message may hold.
-    """
-    return Transports(limits)

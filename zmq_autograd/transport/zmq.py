@@ -153,13 +153,16 @@ class ZmqTransport:
         if self._closed:
             return _TRANSPORT_CLOSED
         address = addresses[attempt % len(addresses)]
-        dialler = ZmqDialler(
-            lambda owner: self._make_socket(zmq.DEALER, owner, ipv6=address.startswith("tcp://[")),
-            handler,
-            self._guard,
-            self._closings,
-            gone=lambda dialler: self._diallers.pop(dialler, None),
-        )
+        try:
+            dialler = ZmqDialler(
+                lambda owner: self._make_socket(zmq.DEALER, owner, ipv6="[" in address),
+                handler,
+                self._guard,
+                self._closings,
+                gone=lambda dialler: self._diallers.pop(dialler, None),
+            )
+        except zmq.ZMQError as error:  # out of descriptors
+            return f"cannot open a socket: {error}"
         self._diallers[dialler] = None
         return await dialler.connect(parsed.text, address)
 

@@ -106,6 +106,8 @@ class ZmqDialler:
         """Follow the one connection from its beginning to its end."""
         if event == zmq.EVENT_CONNECTED:
             self._connection = Connection(value, _is_connected)
+            if self._connection.is_to_itself:  # nobody listens; TCP joined the two ends of this
+                self._fail(_FAILURES[zmq.EVENT_CLOSED])
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._handshake_succeeded()
         elif event in _FAILURES:

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import zmq
@@ -24,7 +25,10 @@ from zmq_autograd.transport.zmq_link import ZmqLink
 from zmq_autograd.transport.zmq_socket import LoopSocket
 
 MAX_UNADMITTED: Final = 128
-"""Connections of one listener that may be unadmitted at once; beyond, the oldest are cut."""
+"""Connections of one listener that may be unadmitted for long; beyond, the oldest are cut."""
+
+PATIENCE_SECONDS: Final = 1.0
+"""Seconds that each of them has in any case."""
 
 _IPC: Final = "ipc://"
 
@@ -93,7 +97,8 @@ class ZmqListener:
             return
         self._closed = True
         if self._file is not None and _identity(self._endpoint) == self._file:
-            os.unlink(self._endpoint.removeprefix(_IPC))  # libzmq leaves it behind
+            with suppress(OSError):  # somebody else was faster
+                os.unlink(self._endpoint.removeprefix(_IPC))  # libzmq leaves it behind
         links = list(self._links.values())
         for link in links:
             link.close()
@@ -238,8 +243,11 @@ class ZmqListener:
             return
         for connection in [each for each in self._strangers if each.admitted]:
             del self._strangers[connection]
+        long_ago = time.monotonic() - PATIENCE_SECONDS
         while len(self._strangers) > MAX_UNADMITTED:
             oldest = next(iter(self._strangers))
+            if oldest.opened > long_ago:  # many at once, who have had no time to say who they are
+                break
             del self._strangers[oldest]
             self._guard.forget(oldest)
             self.cut(oldest, f"was the oldest of over {MAX_UNADMITTED} that were not admitted")
