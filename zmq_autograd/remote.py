@@ -5,15 +5,15 @@ Knows the node by one narrow protocol, `Requests`; never the worker it belongs t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, cast
 
 from torch import Tensor
 
-from zmq_autograd.errors import SerializationError
+from zmq_autograd.errors import ConfigurationError, SerializationError
 from zmq_autograd.node import current_modes
 from zmq_autograd.session import Identity
+from zmq_autograd.wire.limits import short
 from zmq_autograd.wire.messages import (
     AutogradMetadata,
     ForwardRequest,
@@ -28,16 +28,21 @@ from zmq_autograd.wire.values import tensors_in
 DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a call waits for its reply by default, as in torch.distributed.rpc."""
 
+FOR_EVER: Final = 1e9
+"""Seconds above which a timeout is none."""
+
 
 def checked_timeout(timeout: float | None) -> float | None:
     """Return `timeout` in seconds, None for ever.
 
     Raises:
-        ValueError: it is negative or not a number.
+        ConfigurationError: it is negative or not a number.
     """
-    if timeout is not None and not timeout >= 0:
-        raise ValueError(f"timeout: expected seconds >= 0 or None, got {timeout!r}")
-    return None if timeout == math.inf else timeout
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise ConfigurationError(f"timeout: expected seconds >= 0 or None, got {short(timeout)}")
+    return None if timeout > FOR_EVER else timeout
 
 
 class Requests(Protocol):
@@ -107,7 +112,7 @@ class RemoteWorker:
             RemoteError: the function raised.
             DeadlineExceeded: no result in time; the other side is told to stop.
             WorkerLost: the worker, or one behind it, was lost meanwhile.
-            ValueError: `timeout` is negative or not a number.
+            ConfigurationError: `timeout` is negative or not a number.
 
         The arguments have been read when this first suspends.  Cancelling it cancels a coroutine
         on the other side; a function in a thread finishes there, and its result is dropped.
@@ -151,8 +156,9 @@ class RemoteWorker:
         Raises:
             ZmqAutogradError: as for `call`.
         """
+        # Not `list(grads)`: of a single tensor that would make a gradient of each of its rows.
         message = PropagateGradientsRequest(
-            AutogradMetadata(context_id, message_id), list(grads), retain_graph
+            AutogradMetadata(context_id, message_id), grads, retain_graph
         )
         return cast(PropagateGradientsResponse, await self.request(message, timeout=timeout))
 
@@ -164,7 +170,7 @@ class RemoteWorker:
             timeout: seconds to wait, None for ever.
 
         Raises:
-            ValueError: `timeout` is negative or not a number.
+            ConfigurationError: `timeout` is negative or not a number.
             SerializationError: `message` is no request; nothing was sent.
             ZmqAutogradError: as for `call`.
         """

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import signal
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -18,6 +16,7 @@ from typing import Any, Final, Self, TypeVar, cast, overload
 from zmq_autograd import ids
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node import Dispatcher, Expose, Handler, Node, Registry, current_call
+from zmq_autograd.node.signals import stopped_by_signals
 from zmq_autograd.remote import RemoteWorker, checked_timeout
 from zmq_autograd.session import HEARTBEAT_SECONDS, LOST_AFTER_SECONDS, Identity
 from zmq_autograd.transport import is_loopback
@@ -32,17 +31,6 @@ CONNECT_TIMEOUT: Final = 10.0
 
 DRAIN_SECONDS: Final = 10.0
 """Seconds that requests under way have to finish when a worker leaves, unless told otherwise."""
-
-
-STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-
-# What ends each `serve_forever` of the main thread: signals are the process's, and end them all.
-_serving: Final[list[asyncio.Event]] = []
-
-
-def _stop_serving() -> None:
-    for closed in _serving:
-        closed.set()
 
 
 class Worker:
@@ -90,16 +78,17 @@ class Worker:
         self._lost_after = lost_after
         self._drain = drain
         self._node: Node | None = None
-        self._closed: asyncio.Event | None = None
+        # One for each `serve_forever` under way.
+        self._stops: set[asyncio.Event] = set()
         if not heartbeat > 0 or not lost_after > heartbeat:
             raise ConfigurationError(
                 f"expected 0 < heartbeat < lost_after, got {heartbeat!r} and {lost_after!r}"
             )
         if not drain >= 0:
             raise ConfigurationError(f"drain: expected seconds >= 0, got {drain!r}")
-        self.configure(name=name, listen=listen)
         self._registry = Registry(name)
         self._dispatcher = Dispatcher(name, send_tracebacks=tracebacks)
+        self.configure(name=name, listen=listen)
 
     def __repr__(self) -> str:
         where = ", ".join(self.endpoints) or "not listening"
@@ -119,26 +108,25 @@ class Worker:
         """
         if self._node is not None:
             raise ConfigurationError(f"worker {self.name!r} is running: configure it before")
-        if insecure is not None:
-            self._insecure = insecure
-        if name is not None:
-            if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 128:
-                raise ConfigurationError(
-                    f"name: expected 1 to 128 printable characters, got {name!r}"
-                )
-            if self._name:
-                self._registry.worker = self._dispatcher.worker = name
-            self._name = name
-        if listen is not None:
+        name = self._name if name is None else name
+        insecure = self._insecure if insecure is None else insecure
+        if listen is None:
+            endpoints = self._listen
+        else:
             endpoints = [listen] if isinstance(listen, str) else list(listen)
-            self._check_reach(endpoints)
-            self._listen = endpoints
+        # All is checked before anything is changed.
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 128:
+            raise ConfigurationError(f"name: expected 1 to 128 printable characters, got {name!r}")
+        if not insecure:
+            self._check_reach(endpoints, name)
+        self._name, self._insecure, self._listen = name, insecure, endpoints
+        self._registry.worker = self._dispatcher.worker = name
 
-    def _check_reach(self, endpoints: Sequence[str]) -> None:
+    def _check_reach(self, endpoints: Sequence[str], name: str) -> None:
         for endpoint in endpoints:
-            if not is_loopback(endpoint) and not self._insecure:
+            if not is_loopback(endpoint):
                 raise ConfigurationError(
-                    f"worker {self._name!r} would listen on {endpoint}, beyond this machine, where "
+                    f"worker {name!r} would listen on {endpoint}, beyond this machine, where "
                     "anybody could call it: pass insecure=True if the network is trusted"
                 )
 
@@ -185,10 +173,11 @@ class Worker:
             name: what peers call it; by default a function's or class's own name.
             expose: names of methods that peers may call, as ``name.method``; or ``"module"`` for
                 all that a remote module needs.
-            allow: names of the workers that may call it; None for all that are connected.
+            allow: names of the workers that may call it; None for all that are connected.  A
+                worker's name is what it says: without keys this keeps order, not secrets.
             concurrency: how many calls may run at once; by default all of a function's, and one
                 of an object's.
-            idempotent: running it twice does no harm: it may be retried.
+            idempotent: running it twice does no harm: it may be retried.  Nothing is retried yet.
 
         Returns:
             `target`, or a decorator where it is None.
@@ -256,7 +245,6 @@ class Worker:
             lost_after=self._lost_after,
             make_peer=RemoteWorker,
         )
-        self._closed = asyncio.Event()
         try:
             await self._node.start(self._listen)
         except BaseException:
@@ -274,9 +262,10 @@ class Worker:
         if node is None:
             return
         await node.close(self._drain)
-        if node.is_closed and self._node is node and self._closed:
+        if node.is_closed and self._node is node:
             self._node = None
-            self._closed.set()
+            for stop in self._stops:
+                stop.set()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -298,22 +287,15 @@ class Worker:
         Raises:
             ConfigurationError: the worker is not running.
         """
-        if self._closed is None or self._node is None:
+        if self._node is None:
             raise ConfigurationError(f"worker {self.name!r} is not running")
-        loop = asyncio.get_running_loop()
-        closed = self._closed
-        if threading.current_thread() is not threading.main_thread():
-            await closed.wait()
-            return
-        _serving.append(closed)
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, _stop_serving)
+        stop = asyncio.Event()
+        self._stops.add(stop)
         try:
-            await closed.wait()
+            with stopped_by_signals(stop):
+                await stop.wait()
         finally:
-            _serving.remove(closed)
-            for number in STOP_SIGNALS if not _serving else ():
-                loop.remove_signal_handler(number)
+            self._stops.discard(stop)
 
     # --- reaching others -------------------------------------------------------------------------
 

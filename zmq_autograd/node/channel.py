@@ -11,7 +11,12 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from zmq_autograd.errors import DeadlineExceeded, ProtocolError, ZmqAutogradError
+from zmq_autograd.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    ProtocolError,
+    ZmqAutogradError,
+)
 from zmq_autograd.node.current import shortened
 from zmq_autograd.session import (
     Action,
@@ -28,7 +33,7 @@ from zmq_autograd.session import (
 )
 from zmq_autograd.transport import HIGH_WATER_BYTES, Link, LinkClosed
 from zmq_autograd.wire import Buffer, Envelope, check_fits, encode, open_envelope
-from zmq_autograd.wire.messages import Message, Reply, Request
+from zmq_autograd.wire.messages import AutogradMetadata, Message, Reply, Request
 
 
 class ChannelOwner(Protocol):
@@ -72,7 +77,6 @@ class Channel:
         self._held: dict[int, list[Buffer]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._closed_because = "the connection is not open"
 
     @property
     def identity(self) -> Identity | None:
@@ -89,6 +93,8 @@ class Channel:
     def attach(self, link: Link) -> None:
         """Use `link`, which has just been made, from now on."""
         self._link = link
+        if self._session.state is State.CLOSED:  # what came over it at once has ended the session
+            link.close()
 
     async def shake_hands(self, timeout: float | None) -> None:
         """Open the session over the attached link; the dialling side's part.
@@ -100,7 +106,7 @@ class Channel:
         On any failure, cancellation included, the channel is closed.
         """
         if self._session.state is State.CLOSED:  # the link broke as soon as it was there
-            raise self._session.loss(self._closed_because)
+            raise self._session.loss()
         hello = self._session.start(timeout)
         request_id = hello.envelope.request_id
         self._replies[request_id] = welcome = self._loop.create_future()
@@ -114,9 +120,9 @@ class Channel:
         finally:
             self._replies.pop(request_id, None)
 
-    def close(self, reason: str) -> None:
-        """End the session; whoever awaits something of the peer gets WorkerLost.  Idempotent."""
-        self._perform(self._session.lose(reason))
+    def close(self, cause: str | ZmqAutogradError) -> None:
+        """End the session; whoever awaits something of the peer hears of `cause`.  Idempotent."""
+        self._perform(self._session.lose(cause))
 
     # --- our requests ----------------------------------------------------------------------------
 
@@ -139,13 +145,20 @@ class Channel:
 
         Cancelling it tells the peer to stop.
         """
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigurationError(
+                f"worker {self._session.peer_name!r} was connected in another event loop: "
+                "use it there"
+            )
         timeout = shortened(timeout)
         if not self.is_open:
-            raise self._session.loss(self._closed_because)
+            raise self._session.loss()
         if timeout is not None and timeout <= 0:
             name = self._session.peer_name
             raise DeadlineExceeded(f"no time was left to ask worker {name!r}", workers=(name,))
-        envelope = self._session.request(type(message), timeout)
+        metadata = getattr(message, "metadata", None)
+        message_ids = (metadata.message_id,) if isinstance(metadata, AutogradMetadata) else ()
+        envelope = self._session.request(type(message), timeout, message_ids)
         request_id = envelope.request_id
         try:
             frames = self._encoded(message, envelope)
@@ -200,7 +213,7 @@ class Channel:
         try:
             return self._encoded(reply, envelope)
         except Exception as error:  # noqa: BLE001  # whatever it is, the sender must hear of it
-            return encode(error_response(error, self._owner.me.name), envelope)
+            return self._own_frames(error_response(error, self._owner.me.name), envelope)
 
     def _answer(self, request_id: int, frames: list[Buffer]) -> None:
         if self._session.reply(request_id) is not None:
@@ -232,7 +245,7 @@ class Channel:
         for action in actions:
             match action:
                 case Send(envelope, message):
-                    self._send(self._encoded(message, envelope))
+                    self._send(self._own_frames(message, envelope))
                 case Opened():
                     self._opened()
                 case HandleRequest(request_id):
@@ -241,8 +254,8 @@ class Channel:
                     self._stop(request_id)
                 case FinishRequest(request_id, outcome):
                     self._finish(request_id, outcome)
-                case Close(reason):
-                    self._close(reason)
+                case Close():
+                    self._close()
 
     def _opened(self) -> None:
         if self._link:
@@ -268,8 +281,7 @@ class Channel:
         else:
             future.set_result(outcome)
 
-    def _close(self, reason: str) -> None:
-        self._closed_because = reason
+    def _close(self) -> None:
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -283,13 +295,23 @@ class Channel:
             check_fits(frames, self.identity.limits, self.identity.name)
         return frames
 
+    def _own_frames(self, message: Message, envelope: Envelope) -> list[Buffer]:
+        """Encode what has to be said; a peer whose limits leave no room for it is given up."""
+        try:
+            return self._encoded(message, envelope)
+        except ZmqAutogradError as error:
+            self.close(str(error))
+            return []
+
     def _send(self, frames: list[Buffer]) -> None:
-        if self._link is None:
+        if self._link is None or not frames:
             return
         try:
             self._link.send(frames)
         except LinkClosed as error:
             self.close(str(error))
+        else:
+            self._session.note_sent()
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -309,5 +331,7 @@ class Channel:
         if self._link is None:
             return
         silence = self._link.silence()
-        self._perform(self._session.tick(silence.received, silence.acknowledged))
-        self._arm()
+        try:
+            self._perform(self._session.tick(silence.received, silence.acknowledged))
+        finally:
+            self._arm()

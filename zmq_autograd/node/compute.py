@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from zmq_autograd.errors import ResourceExhausted
+from zmq_autograd.errors import ConfigurationError, ResourceExhausted
 from zmq_autograd.node.current import applied, current_call, current_modes
 from zmq_autograd.wire.messages import Modes
 
@@ -84,12 +84,11 @@ class ComputePool:
             except RuntimeError:
                 return  # the loop is closed: nobody is left to be told
 
-        if self._submit(work):
-            loop.call_soon(self._start_thread)
+        self._submit(work)
         return future
 
     def close(self) -> list[threading.Thread]:
-        """End the threads as they become idle and return those that are still busy."""
+        """End the threads as they become idle, and return them all."""
         with self._lock:
             self._closed = True
             self._wanted = 0  # what is queued is left to the threads that there are
@@ -98,11 +97,10 @@ class ComputePool:
             self._queue.put(None)
         return threads
 
-    def _submit(self, work: Work) -> bool:
-        """Queue `work` and tell whether `_start_thread` has to be called for it."""
+    def _submit(self, work: Work) -> None:
         with self._lock:
             if self._closed:
-                raise RuntimeError(f"compute pool {self._name!r} is closed")
+                raise ConfigurationError(f"worker {self._name!r} is not running")
             if self._idle:
                 self._idle -= 1
             elif len(self._threads) + self._wanted >= MAX_THREADS:
@@ -115,13 +113,17 @@ class ComputePool:
                 self._wanted += 1
             starts = self._wanted > 0 and not self._starting
             self._starting = self._starting or starts
+        if starts:
+            self._start_thread()
         self._queue.put(work)
-        return starts
 
     def _start_thread(self) -> None:
         """Start a wanted thread, which starts the next one in its turn.
 
         To start a thread is to wait until it runs: the loop does so once, however many are wanted.
+
+        Raises:
+            ResourceExhausted: the system has no more threads.
         """
         with self._lock:
             self._starting = self._wanted > 0
@@ -131,17 +133,22 @@ class ComputePool:
         name = f"{self._name}-compute-{next(self._numbers)}"
         try:
             threading.Thread(target=self._serve, name=name, daemon=True).start()
-        except RuntimeError:
-            logger.exception("worker %r: cannot start a compute thread", self._name)
+        except RuntimeError as error:
             with self._lock:
                 self._starting = False
+            raise ResourceExhausted(
+                f"worker {self._name!r} cannot start a compute thread: {error}", worker=self._name
+            ) from error
 
     def _serve(self) -> None:
         with self._lock:
             if self._closed:
                 return
             self._threads.add(threading.current_thread())
-        self._start_thread()
+        try:
+            self._start_thread()
+        except ResourceExhausted:  # what is queued waits for one of the threads that there are
+            logger.warning("worker %r is short of compute threads", self._name, exc_info=True)
         while (work := self._next_work()) is not None:
             work()
             del work  # an idle thread must not keep tensors alive
@@ -191,7 +198,7 @@ def _finish(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, StopIteration):  # which a future refuses
-        future.set_exception(RuntimeError(f"the function raised StopIteration: {error}"))
+    elif isinstance(error, (StopIteration, GeneratorExit)):  # they would end who awaits
+        future.set_exception(RuntimeError(f"the function raised {type(error).__name__}: {error}"))
     else:
         future.set_exception(error)

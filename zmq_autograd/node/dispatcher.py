@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from zmq_autograd.errors import ConfigurationError, WorkerLost
 from zmq_autograd.node.current import Call, current_call
+from zmq_autograd.node.registry import is_async
 from zmq_autograd.session import HandleRequest, error_response
 from zmq_autograd.wire.messages import (
     ErrorResponse,
@@ -64,11 +65,16 @@ class Dispatcher:
         """Handle requests of type `kind` by `handler`, above the default.
 
         Raises:
-            ConfigurationError: `kind` is no request, or has a handler already.
+            ConfigurationError: `kind` is no request, or has a handler already; or `handler` is
+                no coroutine function.
         """
         if not (isinstance(kind, type) and issubclass(kind, Request)) or kind in (Request, Hello):
             raise ConfigurationError(
                 f"handler: expected a request type of za.messages, got {kind!r}"
+            )
+        if not is_async(handler):
+            raise ConfigurationError(
+                f"handler of {kind.__name__}: expected a coroutine function, got {handler!r}"
             )
         if kind in self._handlers:
             raise ConfigurationError(
@@ -80,13 +86,7 @@ class Dispatcher:
         """Handle `request` as if the user had no handler for it."""
         handler = self._defaults.get(type(request))
         if handler is None:
-            return ErrorResponse(
-                "unsupported",
-                f"{type(request).__name__} has no default handler",
-                self.worker,
-                type_name="NotImplementedError",
-                path=(self.worker,),
-            )
+            raise NotImplementedError(f"{type(request).__name__} has no default handler")
         return await handler(request, peer)
 
     async def run(self, request: HandleRequest, channel: Replies, worker: Any, node: Any) -> None:
@@ -132,4 +132,4 @@ def _is_meant_for_us(error: BaseException) -> bool:
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
-    return isinstance(error, (KeyboardInterrupt, GeneratorExit))
+    return isinstance(error, GeneratorExit)  # the loop is closed in the middle of the handler

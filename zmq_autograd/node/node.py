@@ -26,6 +26,8 @@ logger = logging.getLogger("zmq_autograd")
 CANCEL_SECONDS: Final = 1.0
 """Seconds that handlers have to end once they are cancelled."""
 
+JOIN_POLL_SECONDS: Final = 0.002
+
 
 class Node:
     """The inside of one running worker.  Lives in one event loop, from `start` to `close`."""
@@ -142,7 +144,7 @@ class Node:
     async def _close(self, drain: float) -> None:
         await self._drain(drain)
         for channel in list(self._channels):
-            channel.close(f"worker {self.me.name!r} left")
+            channel.close(WorkerLost(self.me.name, self.me.incarnation, "it left"))
         for listener in self._listeners:
             listener.close()
         await self._transport.close()
@@ -163,8 +165,12 @@ class Node:
         loop = asyncio.get_running_loop()
         started = loop.time()
         channel = Channel(self, endpoint, dialled=True)
-        channel.attach(await self._transport.dial(endpoint, channel, timeout))
         self._channels.add(channel)
+        try:
+            channel.attach(await self._transport.dial(endpoint, channel, timeout))
+        except BaseException:
+            self._channels.discard(channel)
+            raise
         left = None if timeout is None else max(0.0, timeout - (loop.time() - started))
         await channel.shake_hands(left)
         return channel
@@ -220,4 +226,5 @@ class Node:
         loop = asyncio.get_running_loop()
         until = loop.time() + CANCEL_SECONDS
         for thread in threads:
-            await asyncio.to_thread(thread.join, max(0.0, until - loop.time()))
+            while thread.is_alive() and loop.time() < until:  # noqa: ASYNC110  # a thread has no event
+                await asyncio.sleep(JOIN_POLL_SECONDS)

@@ -72,10 +72,17 @@ class State(enum.Enum):
 
 @dataclass(slots=True)
 class _Sent:
-    """A request of ours that has not ended.  `expects` is the type of its reply."""
+    """A request of ours that has not ended.
+
+    Attributes:
+        expects: the type of its reply.
+        timeout: seconds that it was given.
+        message_ids: the autograd messages that it is about.
+    """
 
     expects: type[Reply]
     timeout: float | None
+    message_ids: tuple[int, ...]
 
 
 class Session:
@@ -98,6 +105,8 @@ class Session:
         self.session_id = 0
         self.state = State.DIALLED if dialled else State.ACCEPTED
         self._address = address
+        # Why it is closed.
+        self._cause: str | ZmqAutogradError = "the connection is not open"
         self._clock = clock
         # Our requests that have not ended.
         self._sent: dict[int, _Sent] = {}
@@ -121,20 +130,22 @@ class Session:
         hello = Hello(me.name, me.incarnation, me.limits, me.features, me.heartbeat)
         return Send(envelope, hello)
 
-    def request(self, kind: type[Request], timeout: float | None) -> Envelope:
-        """Return the envelope for a new request of type `kind`, which the owner sends at once.
+    def request(
+        self, kind: type[Request], timeout: float | None, message_ids: tuple[int, ...] = ()
+    ) -> Envelope:
+        """Return the envelope for a new request of type `kind`, which the owner sends.
 
         Args:
             kind: its type; what may come back for it follows from that.
             timeout: seconds until it ends with DeadlineExceeded, None for never.
+            message_ids: the autograd messages that it is about, for that error to name.
         """
         self._last_sent_id += 1
         request_id = self._last_sent_id
         now = self._clock()
         deadline = None if timeout is None else now + timeout
-        self._sent[request_id] = _Sent(kind.reply, timeout)
+        self._sent[request_id] = _Sent(kind.reply, timeout, message_ids)
         self._deadlines.add(deadline, ours=True, request_id=request_id)
-        self._liveness.sent(now)
         return Envelope(self.session_id, request_id, timeout)
 
     def cancel(self, request_id: int) -> list[Action]:
@@ -147,6 +158,10 @@ class Session:
         """Take back our request `request_id`, which was not sent after all."""
         self._sent.pop(request_id, None)
 
+    def note_sent(self) -> None:
+        """Take in that something has just been sent: no heartbeat is needed for a while."""
+        self._liveness.sent(self._clock())
+
     # --- the peer's requests ---------------------------------------------------------------------
 
     def reply(self, request_id: int) -> Envelope | None:
@@ -154,7 +169,6 @@ class Session:
         if request_id not in self._received:
             return None
         self._received.remove(request_id)
-        self._liveness.sent(self._clock())
         return Envelope(self.session_id, request_id)
 
     # --- what arrives ----------------------------------------------------------------------------
@@ -168,12 +182,7 @@ class Session:
         if self.state is State.DIALLED:
             return self._receive_welcome(envelope, message)
         if envelope.session_id != self.session_id:
-            error = ProtocolError(
-                f"expected session {self.session_id}, got {envelope.session_id}",
-                worker=self.me.name,
-                request_id=envelope.request_id,
-            )
-            return self._answer_malformed(error, is_reply=isinstance(message, Reply))
+            return self._receive_stray(envelope, message)
         if isinstance(message, Reply):
             return self._receive_reply(envelope.request_id, message)
         if isinstance(message, Request):
@@ -190,6 +199,17 @@ class Session:
             return self.lose(self._broken(str(error)))
         answer = self._answer_malformed(error, is_reply=error.is_reply)
         return answer if self.state is State.OPEN else [*answer, *self.lose(str(error))]
+
+    def _receive_stray(self, envelope: Envelope, message: Message) -> list[Action]:
+        """Take in a message of another session; what it ends or cancels there is not ours."""
+        if not isinstance(message, Request):
+            return []
+        error = ProtocolError(
+            f"expected session {self.session_id}, got {envelope.session_id}",
+            worker=self.me.name,
+            request_id=envelope.request_id,
+        )
+        return [self._answer(envelope.request_id, error)]
 
     def _receive_hello(self, envelope: Envelope, message: Message) -> list[Action]:
         if not isinstance(message, Hello):
@@ -324,9 +344,14 @@ class Session:
         return actions
 
     def _expire_sent(self, request_id: int) -> list[Action]:
+        sent = self._sent[request_id]
+        about = (
+            f" about message {', '.join(map(str, sent.message_ids))}" if sent.message_ids else ""
+        )
         error = DeadlineExceeded(
-            f"no reply from worker {self.peer_name!r} within {self._sent[request_id].timeout:g} s",
+            f"no reply from worker {self.peer_name!r}{about} within {sent.timeout:g} s",
             workers=(self.peer_name,),
+            message_ids=sent.message_ids,
         )
         return [FinishRequest(request_id, error), *self.cancel(request_id)]
 
@@ -341,18 +366,19 @@ class Session:
         if self.state is State.CLOSED:
             return []
         self.state = State.CLOSED
+        self._cause = cause
         actions: list[Action] = [StopRequest(request_id) for request_id in sorted(self._received)]
-        actions += [FinishRequest(request_id, self.loss(cause)) for request_id in self._sent]
+        actions += [FinishRequest(request_id, self.loss()) for request_id in self._sent]
         self._received.clear()
         self._sent.clear()
         self._deadlines.clear()
         return [*actions, Close(str(cause))]
 
-    def loss(self, cause: str | ZmqAutogradError) -> ZmqAutogradError:
-        """Return the error for one who awaited something of the peer."""
-        if isinstance(cause, ZmqAutogradError):
-            return cause
-        return WorkerLost(self.peer_name, self.peer.incarnation if self.peer else "", cause)
+    def loss(self) -> ZmqAutogradError:
+        """Return the error for one who awaits something of the peer after the session's end."""
+        if isinstance(self._cause, ZmqAutogradError):
+            return self._cause
+        return WorkerLost(self.peer_name, self.peer.incarnation if self.peer else "", self._cause)
 
     @property
     def peer_name(self) -> str:

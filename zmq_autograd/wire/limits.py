@@ -1,14 +1,17 @@
 """Limits on what one message may hold, named and checked before anything is allocated.
 
 The same numbers bound the transport (frames, bytes), ``decode`` (header, dimensions, elements) and
-what a session lets run at once.  The two ends of a session agree on the smaller of each in their
-handshake.
+what a session lets run at once.  Each side tells its own in the handshake, and the other keeps to
+them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Final
+
+from zmq_autograd import ids
+from zmq_autograd.errors import ConfigurationError
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -53,12 +56,10 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"limit {field.name}: expected a positive int, got {value!r}")
-
-    def smaller(self, other: Limits) -> Limits:
-        """Return the limits that both sides accept."""
-        return Limits(*(min(getattr(self, f.name), getattr(other, f.name)) for f in fields(Limits)))
+            if type(value) is not int or not 0 < value <= ids.MAX_ID:
+                raise ConfigurationError(
+                    f"limit {field.name}: expected an int from 1 to {ids.MAX_ID}, got {value!r}"
+                )
 
 
 DEFAULT_LIMITS: Final = Limits()

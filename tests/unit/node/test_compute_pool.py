@@ -16,6 +16,7 @@ import torch
 from helpers import DEADLINE
 
 import zmq_autograd as za
+from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node.compute import ComputePool
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
@@ -108,7 +109,7 @@ async def test_closing_ends_idle_threads_at_once_and_names_busy_ones() -> None:
     for thread in threads:
         await asyncio.to_thread(thread.join, DEADLINE)
         assert not thread.is_alive()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ConfigurationError, match="not running"):
         await pool.run(lambda: None)
 
 

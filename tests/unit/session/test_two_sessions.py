@@ -204,6 +204,7 @@ class TwoSessions(RuleBasedStateMachine):
         self, side: Side, message: Request, timeout: float | None, *, sends: bool
     ) -> None:
         envelope = side.session.request(type(message), timeout)
+        side.session.note_sent()
         assert envelope.request_id > side.last_id
         side.last_id = envelope.request_id
         if sends:
