@@ -219,6 +219,7 @@ STRANGE = [
     (Broken(), "Broken"),
     (Own("x"), "Own"),
     (SystemExit(3), "SystemExit"),
+    (KeyboardInterrupt(), "KeyboardInterrupt"),
     (asyncio.CancelledError("x"), "CancelledError"),
     (TimeoutError(), "TimeoutError"),
     (StopAsyncIteration(1), "StopAsyncIteration"),
@@ -253,6 +254,15 @@ async def test_whatever_is_raised_the_caller_gets_an_answer_and_the_worker_goes_
         assert raised.value.traceback is not None
         assert len(raised.value.traceback) <= MAX_TRACEBACK
         assert await pair.remote_bob.call("g") == "fine"
+
+
+async def test_generator_exit_in_a_thread_is_an_error_like_others(pair: Pair) -> None:
+    @pair.bob.register
+    def f() -> None:
+        raise GeneratorExit
+
+    with pytest.raises(za.RemoteError, match="GeneratorExit"):
+        await pair.remote_bob.call("f", timeout=5)
 
 
 @pytest.mark.parametrize("is_async", [False, True])

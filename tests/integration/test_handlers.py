@@ -109,9 +109,7 @@ async def test_what_has_no_default_is_unsupported(request_: Request) -> None:
         with pytest.raises(za.RemoteError) as raised:
             await pair.remote_bob.request(request_)
         assert raised.value.type_name == "NotImplementedError"
-        assert str(raised.value) == (
-            f"NotImplementedError on worker 'bob': {type(request_).__name__} has no default handler"
-        )
+        assert raised.value.message == f"{type(request_).__name__} has no default handler"
 
 
 async def test_defaults(pair: Pair) -> None:
@@ -248,6 +246,13 @@ def test_only_requests_have_handlers(kind: Any) -> None:
 
     with pytest.raises(za.ConfigurationError, match="expected a request type"):
         za.Worker("bob").handler(kind)(handle)
+
+
+def test_only_coroutine_functions_are_handlers() -> None:
+    handler: Any
+    for handler in (lambda request, peer: StatusResponse(), StatusResponse, None):
+        with pytest.raises(za.ConfigurationError, match="expected a coroutine function"):
+            za.Worker("bob").handler(Status)(handler)
 
 
 def test_a_type_has_one_handler() -> None:

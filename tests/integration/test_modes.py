@@ -16,18 +16,18 @@ import zmq_autograd as za
 
 pytestmark = pytest.mark.timeout(30)
 
-Modes = tuple[bool, bool, bool, str]
+Modes = tuple[bool, bool, str | None]
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
 
 def modes() -> Modes:
     """Return the modes of torch that hold in this thread."""
+    is_on = torch.is_autocast_enabled("cpu")
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        str(torch.get_autocast_dtype("cpu")),
+        str(torch.get_autocast_dtype("cpu")) if is_on else None,
     )
 
 
@@ -123,7 +123,7 @@ async def test_coroutines_at_once_keep_their_modes_apart(pair: Pair) -> None:
                 calls.append(asyncio.create_task(pair.remote_bob.call("meet")))
                 await asyncio.sleep(0)
     assert await asyncio.gather(*calls) == expected
-    assert modes() == (True, False, False, str(torch.get_autocast_dtype("cpu")))
+    assert modes() == (True, False, None)
 
 
 async def test_modes_that_a_function_leaves_on_reach_nobody_else(pair: Pair) -> None:
@@ -204,3 +204,14 @@ async def test_context_variables_of_a_handler_that_connects_stay_with_it(
         await pair.remote_bob.call("connect")
         assert await carol_sees[0].call("get") == "unset"
         assert await pair.remote_bob.call("get") == "unset"
+
+
+async def test_modes_that_there_are_not_are_the_senders_error(pair: Pair) -> None:
+    @pair.bob.register
+    def never() -> None:
+        raise AssertionError("ran under modes that there are not")
+
+    for dtype in ("float3", "load", ""):
+        asked = za.messages.Modes(autocast=(("cpu", dtype),))
+        with pytest.raises(za.RemoteError, match="unknown dtype"):
+            await pair.remote_bob.request(za.messages.ForwardRequest("never", modes=asked))

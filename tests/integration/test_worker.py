@@ -311,6 +311,14 @@ async def test_a_lost_worker_stays_lost_and_connecting_again_finds_the_next(endp
                 await first.propagate_gradients([], context_id=1, message_id=1)
 
 
+async def test_a_worker_belongs_to_the_loop_that_connected_it(pair: Pair) -> None:
+    def elsewhere() -> None:
+        with pytest.raises(za.ConfigurationError, match="another event loop"):
+            asyncio.run(pair.remote_bob.call("f"))
+
+    await asyncio.to_thread(elsewhere)
+
+
 async def test_two_of_one_name_are_two_workers(pair: Pair) -> None:
     async with za.Worker("alice") as other:
         await other.connect(pair.bob.endpoints[0])
@@ -487,7 +495,7 @@ async def test_ones_own_calls_end_when_one_leaves(pair: Pair) -> None:
     calling = asyncio.create_task(pair.remote_bob.call("endless"))
     await started.wait()
     await pair.alice.close()
-    with pytest.raises(za.WorkerLost, match="'alice' left"):
+    with pytest.raises(za.WorkerLost, match=r"'alice' .* is lost: it left"):
         await calling
 
 
