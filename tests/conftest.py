@@ -13,7 +13,8 @@ from typing import Any, Final
 import psutil
 import pytest
 import zmq
-from helpers import SCHEMES, Pair, connected, endpoint_of
+
+from tests.helpers import SCHEMES, Pair, connected, endpoint_of
 
 SETTLE_SECONDS: Final = 5.0
 """How long what a test used may take to go."""

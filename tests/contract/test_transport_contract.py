@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from recorder import Recorder
 
+from tests.contract.recorder import Recorder
 from zmq_autograd.errors import ConfigurationError, WorkerLost, ZmqAutogradError
 from zmq_autograd.transport import (
     HIGH_WATER_BYTES,

@@ -14,9 +14,9 @@ from contextlib import ExitStack, suppress
 from typing import Final
 
 import torch
-import zmtp_peer
-from bare import BarePeer
 
+from tests.faults import zmtp_peer
+from tests.faults.bare import BarePeer
 from zmq_autograd import ids
 from zmq_autograd.wire import Buffer, Envelope, encode
 from zmq_autograd.wire import messages as m
@@ -88,6 +88,14 @@ def reset(peer: socket.socket) -> None:
     peer.close()
 
 
+PARTINGS: Final[list[Callable[[socket.socket], object]]] = [
+    reset,
+    socket.socket.close,
+    lambda _: None,
+]
+"""How a peer may leave: abruptly, in the ordinary way, or not at all until the end."""
+
+
 # --- below ZeroMQ's messages ---------------------------------------------------------------------
 
 
@@ -96,7 +104,7 @@ def random_bytes(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
         peer = connect(endpoint, stack)
         with suppress(ConnectionError):
             peer.sendall(rng.randbytes(rng.randrange(1, 4 * KIB)))
-        rng.choice([reset, socket.socket.close, lambda _: None])(peer)
+        rng.choice(PARTINGS)(peer)
 
 
 def half_handshakes(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
@@ -107,7 +115,7 @@ def half_handshakes(endpoint: str, rng: random.Random, stack: ExitStack) -> None
         peer = connect(endpoint, stack)
         with suppress(ConnectionError):
             peer.sendall(whole[:length])
-        rng.choice([reset, socket.socket.close, lambda _: None])(peer)
+        rng.choice(PARTINGS)(peer)
 
 
 def http(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
@@ -243,13 +251,18 @@ def requests_cancelled_in_threads(endpoint: str, rng: random.Random, stack: Exit
     """A thread goes on when nobody awaits what it computes: how many can be had for nothing?"""
     with BarePeer(endpoint) as peer:
         peer.shake_hands()
-        for _ in range(5):
-            wanted = [peer.request(m.ForwardRequest("finish", [3.0])) for _ in range(1000)]
+        for _ in range(6):
+            wanted = [peer.request(m.ForwardRequest("finish", [1.5])) for _ in range(250)]
             # Answered when the others have been started: their threads run from here on.
             assert isinstance(peer.reply_to(peer.request(m.Status())), m.StatusResponse)
             for request_id in wanted:
                 peer.send(m.Cancel(request_id), Envelope(peer.session_id))
-        peer.reply_to(peer.request(m.Status()))
+        refused = peer.reply_to(peer.request(m.ForwardRequest("finish", [0.0])))
+        assert isinstance(refused, m.ErrorResponse)
+        assert refused.code == "resource_exhausted"
+        # Until the threads have done what nobody awaits.
+        while isinstance(refused, m.ErrorResponse):
+            refused = peer.reply_to(peer.request(m.ForwardRequest("finish", [0.0])))
 
 
 def requests_without_reading(endpoint: str, rng: random.Random, stack: ExitStack) -> None:

@@ -15,9 +15,8 @@ import sys
 import time
 from typing import Final
 
-from victims import Callers, Victim, called_back
-
 import zmq_autograd as za
+from tests.faults.victims import Callers, Victim, called_back
 
 HERE: Final = "10.78.0.1"
 THERE: Final = "10.78.0.2"

@@ -13,15 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
-import attacks
 import pytest
 import torch
-from attacks import Attack
-from bare import BarePeer
-from victims import DEADLINE_SECONDS, Victim
-from vitals import say
 
 import zmq_autograd as za
+from tests.faults import attacks
+from tests.faults.attacks import Attack
+from tests.faults.bare import BarePeer
+from tests.faults.victims import DEADLINE_SECONDS, Victim
+from tests.faults.vitals import say
 from zmq_autograd.node.compute import MAX_THREADS
 from zmq_autograd.wire import Envelope, encode
 from zmq_autograd.wire.limits import DEFAULT_LIMITS, MIB

@@ -17,11 +17,11 @@ from typing import Final
 import psutil
 import pytest
 import torch
-from proxy import proxied
-from victims import Outcome, Victim, outcome
-from vitals import descriptors, say
 
 import zmq_autograd as za
+from tests.faults.proxy import proxied
+from tests.faults.victims import Outcome, Victim, outcome
+from tests.faults.vitals import descriptors, say
 from zmq_autograd.wire.limits import KIB
 
 STARTS: Final = 1000
@@ -72,10 +72,13 @@ async def start_and_stop(number: int) -> None:
         remote = await alice.connect(line.endpoint if over_the_line else bob.endpoints[0])
         assert torch.equal(await remote.call("double", x), 2 * x)
         assert torch.equal(await remote.call("square", x), x @ x)
-        calls = [
-            asyncio.create_task(outcome(remote, function, *arguments))
-            for function, *arguments in (["wait"], ["wait"], ["square", x], ["double", x])
+        arguments: list[tuple[str, list[torch.Tensor]]] = [
+            ("wait", []),
+            ("wait", []),
+            ("square", [x]),
+            ("double", [x]),
         ]
+        calls = [asyncio.create_task(outcome(remote, name, *args)) for name, args in arguments]
         await begun.wait()
         calls[0].cancel()
         knocking = asyncio.create_task(alice.connect("tcp://127.0.0.1:1"))

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import zmtp_peer
 
+from tests.faults import zmtp_peer
 from zmq_autograd.errors import WorkerLost
 from zmq_autograd.transport import LINGER_SECONDS, Link, ZmqTransport
 

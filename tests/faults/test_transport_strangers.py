@@ -17,8 +17,8 @@ from typing import Final
 
 import psutil
 import pytest
-import zmtp_peer
 
+from tests.faults import zmtp_peer
 from zmq_autograd.errors import WorkerLost
 from zmq_autograd.transport import Link, ZmqTransport, guard
 from zmq_autograd.transport.zmq_listener import MAX_UNADMITTED

@@ -23,13 +23,13 @@ from typing import Any, Final
 import pytest
 import torch
 import zmq
-import zmtp_peer
-from bare import Answer, impostor, silent_socket
-from proxy import Proxy, proxied
-from victims import Callers, Victim, called_back, outcome, running_victim
-from vitals import say
 
 import zmq_autograd as za
+from tests.faults import zmtp_peer
+from tests.faults.bare import Answer, impostor, silent_socket
+from tests.faults.proxy import Proxy, proxied
+from tests.faults.victims import ROOT, Callers, Victim, called_back, outcome, running_victim
+from tests.faults.vitals import say
 from zmq_autograd import ids
 from zmq_autograd.wire import Envelope, encode
 from zmq_autograd.wire.limits import MIB
@@ -168,9 +168,12 @@ def test_five_callers_on_each_side_learn_that_a_wire_was_pulled_out() -> None:
     way_in = way_into_a_namespace()
     if way_in is None:
         pytest.skip("network namespaces are not permitted here; proxies stand in for wires")
-    script = Path(__file__).with_name("severed_wire.py")
     run = subprocess.run(
-        [*way_in, sys.executable, str(script)], capture_output=True, text=True, timeout=60
+        [*way_in, sys.executable, "-m", "tests.faults.severed_wire"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert run.returncode == 0, run.stderr
     losses = json.loads(run.stdout.splitlines()[-1])
@@ -217,7 +220,7 @@ async def test_a_lost_worker_is_named_across_another_and_what_it_asked_for_is_ca
 
 async def test_a_slow_line_is_not_taken_for_a_lost_worker() -> None:
     """A request and a reply take four times as long as silence may last, each on its own line."""
-    impatient = {"heartbeat": 0.2, "lost_after": 1.0}
+    impatient: dict[str, Any] = {"heartbeat": 0.2, "lost_after": 1.0}
     rate = 2 * MIB
     payload = torch.arange(8 * MIB, dtype=torch.uint8)
     async with AsyncExitStack() as stack:

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from vitals import Stalls, descriptors
 
 import zmq_autograd as za
+from tests.faults.vitals import Stalls, descriptors
 from zmq_autograd.wire.limits import MIB
 
 

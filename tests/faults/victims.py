@@ -15,7 +15,8 @@ from typing import Final
 
 import zmq_autograd as za
 
-SCRIPT: Final = Path(__file__).with_name("victim.py")
+ROOT: Final = Path(__file__).parents[2]
+VICTIM: Final = "tests.faults.victim"
 
 DEADLINE_SECONDS: Final = 20.0
 """After which a test gives up waiting for what should take milliseconds."""
@@ -43,7 +44,17 @@ class Victim:
         self.endpoint = ""
         self.incarnation = ""
         self._process = subprocess.Popen(
-            [*within, sys.executable, str(SCRIPT), name, "--listen", listen, *options],
+            [
+                *within,
+                sys.executable,
+                "-m",
+                "tests.faults.victim",
+                name,
+                "--listen",
+                listen,
+                *options,
+            ],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

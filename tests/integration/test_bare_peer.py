@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import helpers_bare_peer as bare
 import msgpack
 import pytest
 import torch
-from helpers import DEADLINE, endpoint_of
-from helpers_bare_peer import BarePeer, call, dialled, in_session
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE, endpoint_of
+from tests.integration import helpers_bare_peer as bare
+from tests.integration.helpers_bare_peer import BarePeer, call, dialled, in_session
 from zmq_autograd.wire.messages import (
     PropagateGradientsRequest,
     PropagateGradientsResponse,

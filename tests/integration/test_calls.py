@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEADLINE, Pair, connected
 from torch import Tensor
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE, Pair, connected
 from zmq_autograd.wire.tensors import DTYPES
 
 LARGE = 2 * 1024 * 1024

@@ -11,9 +11,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import torch
-from helpers import DEADLINE, Pair, connected, memory_endpoint
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE, Pair, connected, memory_endpoint
 from zmq_autograd.node import current_call
 from zmq_autograd.wire.messages import AutogradMetadata, PropagateGradientsRequest, Status
 

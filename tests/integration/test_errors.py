@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Pair, connected, memory_endpoint
 
 import zmq_autograd as za
+from tests.helpers import Pair, connected, memory_endpoint
 from zmq_autograd.session.failures import MAX_TEXT, MAX_TRACEBACK
 
 

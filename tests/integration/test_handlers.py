@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Pair, connected
 
 import zmq_autograd as za
+from tests.helpers import Pair, connected
 from zmq_autograd.wire.codec import SCHEMAS
 from zmq_autograd.wire.messages import (
     AbortPass,

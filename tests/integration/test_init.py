@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import DEADLINE
 
+from tests.helpers import DEADLINE
 from zmq_autograd import Worker
 from zmq_autograd.errors import (
     ConfigurationError,

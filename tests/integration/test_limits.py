@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEADLINE, Pair, connected
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE, Pair, connected
 from zmq_autograd.wire.messages import Status
 
 pytestmark = pytest.mark.timeout(60)

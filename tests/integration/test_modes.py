@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEADLINE, SCHEMES, Pair, connected, endpoint_of
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE, SCHEMES, Pair, connected, endpoint_of
 
 pytestmark = pytest.mark.timeout(30)
 

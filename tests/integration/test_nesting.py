@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from helpers import DEADLINE, Pair, memory_endpoint
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE, Pair, memory_endpoint
 
 pytestmark = pytest.mark.timeout(60)
 

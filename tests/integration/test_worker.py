@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEADLINE, Pair, connected, memory_endpoint
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE, Pair, connected, memory_endpoint
 from zmq_autograd.wire.messages import Status, StatusResponse
 
 pytestmark = pytest.mark.timeout(30)

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 import torch
-from helpers import DEADLINE
 
 import zmq_autograd as za
+from tests.helpers import DEADLINE
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node.compute import ComputePool
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEADLINE
 
+from tests.helpers import DEADLINE
 from zmq_autograd.errors import ConfigurationError, NotRegistered
 from zmq_autograd.node import Registry
 from zmq_autograd.node.compute import ComputePool

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from session_pair import Clock, open_pair, over_the_wire
 
+from tests.unit.session.session_pair import Clock, open_pair, over_the_wire
 from zmq_autograd import errors
 from zmq_autograd.errors import (
     AuthenticationError,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from session_pair import (
+
+from tests.unit.session.session_pair import (
     ALICE,
     BOB,
     Clock,
@@ -16,7 +17,6 @@ from session_pair import (
     over_the_wire,
     plain,
 )
-
 from zmq_autograd.errors import DeadlineExceeded, ProtocolError, ResourceExhausted, WorkerLost
 from zmq_autograd.session import Close, FinishRequest, Identity, Opened, Send, State, error_response
 from zmq_autograd.wire import Envelope, Limits

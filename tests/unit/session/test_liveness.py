@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from session_pair import BOB, Clock, Failed, open_pair, plain
 
+from tests.unit.session.session_pair import BOB, Clock, Failed, open_pair, plain
 from zmq_autograd.errors import WorkerLost
 from zmq_autograd.session import Action, Close, Send
 from zmq_autograd.session.liveness import Liveness

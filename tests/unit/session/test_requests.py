@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from session_pair import (
+
+from tests.unit.session.session_pair import (
     BOB,
     Clock,
     Failed,
@@ -14,7 +15,6 @@ from session_pair import (
     over_the_wire,
     plain,
 )
-
 from zmq_autograd.errors import DeadlineExceeded, ProtocolError, RemoteError, WorkerLost
 from zmq_autograd.session import (
     Action,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from session_pair import Clock, open_pair
-
+from tests.unit.session.session_pair import Clock, open_pair
 from zmq_autograd.session.deadlines import Deadlines
 from zmq_autograd.wire import Envelope
 from zmq_autograd.wire.messages import CleanupContextRequest

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from session_pair import ALICE, BOB, Clock, accepting, dialling, limited_to
 
+from tests.unit.session.session_pair import ALICE, BOB, Clock, accepting, dialling, limited_to
 from zmq_autograd import ids
 from zmq_autograd.errors import ProtocolError, WorkerLost, ZmqAutogradError
 from zmq_autograd.ids import MAX_ID

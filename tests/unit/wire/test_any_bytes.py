@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wire_samples import ENVELOPES, MESSAGES, decoded_or_refused
 
+from tests.unit.wire.wire_samples import ENVELOPES, MESSAGES, decoded_or_refused
 from zmq_autograd.errors import ProtocolError
 from zmq_autograd.wire import Envelope, Limits, decode, encode
 from zmq_autograd.wire import messages as m

@@ -12,8 +12,8 @@ import msgpack
 import pytest
 import torch
 from hypothesis import given, settings
-from wire_samples import ENVELOPES, MESSAGES, messages_of, same
 
+from tests.unit.wire.wire_samples import ENVELOPES, MESSAGES, messages_of, same
 from zmq_autograd.errors import ProtocolError, ResourceExhausted, SerializationError
 from zmq_autograd.wire import (
     DEFAULT_LIMITS,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from wire_samples import same
 
+from tests.unit.wire.wire_samples import same
 from zmq_autograd import wire
 from zmq_autograd.session import failures
 from zmq_autograd.wire import Envelope, Limits, encode, limits, messages, open_envelope

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from wire_samples import elements_of, same
 
+from tests.unit.wire.wire_samples import elements_of, same
 from zmq_autograd.errors import ProtocolError, SerializationError
 from zmq_autograd.wire import Buffer, Limits, decode, encode
 from zmq_autograd.wire.limits import MAX_DIMENSIONS, MAX_ELEMENTS

@@ -10,8 +10,8 @@ import msgpack
 import pytest
 import torch
 from hypothesis import given, settings
-from wire_samples import VALUES, same
 
+from tests.unit.wire.wire_samples import VALUES, same
 from zmq_autograd.errors import ProtocolError, SerializationError
 from zmq_autograd.wire import decode, encode
 from zmq_autograd.wire.limits import MAX_CONTAINERS, MAX_NESTING, MAX_NUMBER_KEYS
