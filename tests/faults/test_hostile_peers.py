@@ -23,6 +23,7 @@ from tests.faults.bare import BarePeer
 from tests.faults.victims import DEADLINE_SECONDS, Victim
 from tests.faults.vitals import say
 from zmq_autograd.node.compute import MAX_THREADS
+from zmq_autograd.session import LOST_AFTER_SECONDS
 from zmq_autograd.wire import Envelope, encode
 from zmq_autograd.wire.limits import DEFAULT_LIMITS, MIB
 from zmq_autograd.wire.messages import (
@@ -74,6 +75,10 @@ class Siege:
     async def keep_calling(self) -> None:
         while True:
             await check_call(self.bob)
+
+    async def nobody_waits(self) -> None:
+        """Return once all calls of `wait` have ended, before silence alone would end them."""
+        await self.bob.call("waiting", 0, timeout=LOST_AFTER_SECONDS / 2)
 
     async def vitals(self) -> dict[str, Any]:
         vitals: dict[str, Any] = await self.bob.call("vitals")
@@ -194,7 +199,7 @@ async def test_a_request_that_comes_again_while_it_runs_is_not_run_again(
     assert request_id not in mallory.ids_until(status_id)
     assert (await siege.vitals())["waiting"] == 1
     mallory.send(Cancel(request_id), Envelope(mallory.session_id))
-    await siege.bob.call("waiting", 0)
+    await siege.nobody_waits()
 
 
 async def test_a_reply_to_what_was_never_asked_ends_its_session(
@@ -203,7 +208,7 @@ async def test_a_reply_to_what_was_never_asked_ends_its_session(
     mallory.request(ForwardRequest("wait"))
     await siege.bob.call("waiting", 1)
     mallory.send(ForwardResponse(), Envelope(mallory.session_id, 2**64 - 1))
-    await siege.bob.call("waiting", 0)
+    await siege.nobody_waits()
     await siege.check_newcomer()
 
 
@@ -224,7 +229,7 @@ async def test_what_is_said_in_the_name_of_another_session_is_refused(
         mallory.reply_to(mallory.request(Status()))
         assert (await siege.vitals())["waiting"] == 1
         assert await siege.bob.call("noted") == before
-    await siege.bob.call("waiting", 0)
+    await siege.nobody_waits()
     await siege.check_newcomer()
 
 
@@ -237,7 +242,7 @@ async def test_calls_whose_caller_vanishes_are_cancelled(siege: Siege) -> None:
                 peer.request(ForwardRequest("wait"))
                 peer.request(ForwardRequest("finish", [0.1]))
             await siege.bob.call("waiting", 200)
-        await siege.bob.call("waiting", 0)
+        await siege.nobody_waits()
         await siege.check_newcomer()
     after = await siege.settled()
     report("callers that vanish", siege.before, after)
@@ -256,7 +261,7 @@ async def test_more_requests_than_the_limit_are_refused_one_by_one(
     assert (await siege.vitals())["waiting"] == limit
     await siege.check_newcomer()
     mallory.close()
-    await siege.bob.call("waiting", 0)
+    await siege.nobody_waits()
 
 
 async def test_a_wrong_reply_ends_that_call_and_nothing_else(

@@ -17,6 +17,7 @@ from typing import Final
 
 import psutil
 import pytest
+import zmq
 
 from tests.faults import zmtp_peer
 from zmq_autograd.errors import WorkerLost
@@ -216,6 +217,25 @@ async def test_of_too_many_strangers_the_oldest_are_cut() -> None:
         assert peers[-1].recv(100)  # libzmq's greeting: this one is still there
         with pytest.raises(BlockingIOError):
             peers[-1].recv(100)
+
+
+async def test_many_newcomers_at_once_are_all_heard_though_the_loop_was_busy() -> None:
+    count = 2 * MAX_UNADMITTED
+    async with open_door("many newcomers") as door:
+        with zmq.Context() as context:
+            context.set(zmq.MAX_SOCKETS, 4 * count)
+            newcomers = [context.socket(zmq.DEALER) for _ in range(count)]
+            for newcomer in newcomers:  # without awaiting: the listener hears of none before all
+                newcomer.linger = 0
+                newcomer.connect(door.endpoint)
+                newcomer.send(b"hello")
+            try:
+                await until(lambda: len(door.heard) == count, 30)
+                for heard in door.heard:
+                    assert heard.headers == [b"hello"]
+            finally:
+                for newcomer in newcomers:
+                    newcomer.close()
 
 
 async def test_a_million_empty_frames_are_refused_in_slices() -> None:

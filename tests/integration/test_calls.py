@@ -16,6 +16,8 @@ import zmq_autograd as za
 from tests.helpers import DEADLINE, Pair, connected
 from zmq_autograd.wire.tensors import DTYPES
 
+pytestmark = pytest.mark.timeout(30)
+
 LARGE = 2 * 1024 * 1024
 
 VALUES = [
@@ -213,6 +215,15 @@ async def test_arguments_are_read_before_the_call_first_suspends(pair: Pair, cou
     asyncio.get_running_loop().call_soon(x.zero_)  # runs when the call has suspended once
     assert await calling == [count, count, count, count // 2]
     assert not x.any()
+
+
+async def test_arguments_of_many_calls_at_once_have_all_been_read(pair: Pair) -> None:
+    """More than the network takes in one go."""
+    pair.bob.register(lambda x: x.sum().item(), "total")
+    x = torch.ones(1000)
+    calls = [asyncio.ensure_future(pair.remote_bob.call("total", x)) for _ in range(1000)]
+    asyncio.get_running_loop().call_soon(x.zero_)
+    assert await asyncio.gather(*calls) == [1000] * 1000
 
 
 @pytest.mark.parametrize("count", [4, LARGE // 8])

@@ -15,6 +15,8 @@ import zmq_autograd as za
 from tests.helpers import Pair, connected, memory_endpoint
 from zmq_autograd.session.failures import MAX_TEXT, MAX_TRACEBACK
 
+pytestmark = pytest.mark.timeout(30)
+
 
 def fail(text: str = "it went wrong") -> None:
     raise ValueError(text)

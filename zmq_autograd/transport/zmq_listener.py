@@ -7,6 +7,7 @@ message, so one that never speaks ZMTP costs a descriptor for a bounded time and
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -69,6 +70,8 @@ class ZmqListener:
         # Connections that libzmq holds, by descriptor, and those of them not admitted, by age.
         self._connections: dict[int, Connection] = {}
         self._strangers: dict[Connection, None] = {}
+        # When those who are too many are looked at again.
+        self._bounding: asyncio.TimerHandle | None = None
         # Links by routing id, until their connection has ended, closed ones included: what still
         # comes from those is thrown away.
         self._links: dict[bytes, ZmqLink] = {}
@@ -96,6 +99,8 @@ class ZmqListener:
         if self._closed:
             return
         self._closed = True
+        if self._bounding is not None:
+            self._bounding.cancel()
         if self._file is not None and _identity(self._endpoint) == self._file:
             with suppress(OSError):  # somebody else was faster
                 os.unlink(self._endpoint.removeprefix(_IPC))  # libzmq leaves it behind
@@ -151,7 +156,8 @@ class ZmqListener:
             self._connections[value] = connection
             self._strangers[connection] = None
             self._guard.watch(connection, self)
-            self._bound_strangers()
+            if self._bounding is None:
+                self._bound_strangers()
         elif event == zmq.EVENT_DISCONNECTED:
             self._ended(value)
 
@@ -239,7 +245,8 @@ class ZmqListener:
                 self._links[self._routes[connection]].lost(_ENDED)
 
     def _bound_strangers(self) -> None:
-        if len(self._strangers) <= MAX_UNADMITTED:
+        self._bounding = None
+        if self._closed or len(self._strangers) <= MAX_UNADMITTED:
             return
         for connection in [each for each in self._strangers if each.admitted]:
             del self._strangers[connection]
@@ -247,6 +254,8 @@ class ZmqListener:
         while len(self._strangers) > MAX_UNADMITTED:
             oldest = next(iter(self._strangers))
             if oldest.opened > long_ago:  # many at once, who have had no time to say who they are
+                loop = asyncio.get_running_loop()
+                self._bounding = loop.call_later(PATIENCE_SECONDS, self._bound_strangers)
                 break
             del self._strangers[oldest]
             self._guard.forget(oldest)

@@ -224,7 +224,7 @@ def _open(
             raise ProtocolError(f"{cls.__name__}: unknown field {short(next(iter(header)))}")
         tensors.check_all_taken()
     except ProtocolError as error:
-        error.request_id = envelope.request_id
+        error.request_id = error.request_id or envelope.request_id
         error.is_reply = is_reply
         raise
     return envelope, cls(**dict(zip(schema.fields, values, strict=True)))
@@ -315,5 +315,6 @@ def _take_envelope(header: dict[str, Any]) -> Envelope:
     if timeout is not None and not (
         type(timeout) in (int, float) and math.isfinite(timeout) and timeout >= 0
     ):
-        raise ProtocolError(f"field 'timeout': expected seconds >= 0, got {short(timeout)}")
+        problem = f"field 'timeout': expected seconds >= 0, got {short(timeout)}"
+        raise ProtocolError(problem, request_id=request_id)
     return Envelope(session_id, request_id, timeout)
