@@ -84,7 +84,7 @@ class ComputePool:
             except RuntimeError:
                 return  # the loop is closed: nobody is left to be told
 
-        self._submit(work)
+        self._submit(work, loop)
         return future
 
     def close(self) -> list[threading.Thread]:
@@ -97,7 +97,7 @@ class ComputePool:
             self._queue.put(None)
         return threads
 
-    def _submit(self, work: Work) -> None:
+    def _submit(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             if self._closed:
                 raise ConfigurationError(f"worker {self._name!r} is not running")
@@ -111,16 +111,26 @@ class ComputePool:
                 )
             else:
                 self._wanted += 1
-            starts = self._wanted > 0 and not self._starting
+            is_first = not self._threads
+            starts = self._wanted > 0 and (is_first or not self._starting)
             self._starting = self._starting or starts
-        if starts:
+        if starts and is_first:
             self._start_thread()
+        elif starts:
+            # To start a thread is to wait until it runs.  Once all that came with this one are
+            # queued, too, the loop waits for one thread, and that one starts the others.
+            loop.call_soon(self._start_threads)
         self._queue.put(work)
 
-    def _start_thread(self) -> None:
-        """Start a wanted thread, which starts the next one in its turn.
+    def _start_threads(self) -> None:
+        """Start a wanted thread, which starts the next one in its turn."""
+        try:
+            self._start_thread()
+        except ResourceExhausted:  # what is queued waits for one of the threads that there are
+            logger.warning("worker %r is short of compute threads", self._name, exc_info=True)
 
-        To start a thread is to wait until it runs: the loop does so once, however many are wanted.
+    def _start_thread(self) -> None:
+        """Start a thread if one is wanted.
 
         Raises:
             ResourceExhausted: the system has no more threads.
@@ -145,10 +155,7 @@ class ComputePool:
             if self._closed:
                 return
             self._threads.add(threading.current_thread())
-        try:
-            self._start_thread()
-        except ResourceExhausted:  # what is queued waits for one of the threads that there are
-            logger.warning("worker %r is short of compute threads", self._name, exc_info=True)
+        self._start_threads()
         while (work := self._next_work()) is not None:
             work()
             del work  # an idle thread must not keep tensors alive

@@ -137,7 +137,7 @@ class ZmqListener:
         route = source.bytes
         link = self._links.get(route)
         if link is None:
-            link = self._make_link(route, source)
+            link = self._make_link(route, source, message.size)
             if link is None:
                 return
         connection = link.connection
@@ -153,6 +153,8 @@ class ZmqListener:
             if value in self._connections:
                 self._ended(value)
             connection = Connection(value, self._is_ours)
+            for ended in self._ending:
+                ended.distrust(connection)
             self._connections[value] = connection
             self._strangers[connection] = None
             self._guard.watch(connection, self)
@@ -175,7 +177,7 @@ class ZmqListener:
             # this peer must not make a new one.
             self._links[route].lost(f"cut: it {reason}")
 
-    def _make_link(self, route: bytes, source: zmq.Frame) -> ZmqLink | None:
+    def _make_link(self, route: bytes, source: zmq.Frame, size: int) -> ZmqLink | None:
         if self._closed:
             return None
         try:
@@ -184,7 +186,7 @@ class ZmqListener:
             # A protocol older than ZMTP 3, for which libzmq takes whatever does not begin like
             # ZeroMQ. There is no telling whose it is; the guard soon cuts its connection.
             return None
-        connection = self._find_connection(fd)
+        connection = self._find_connection(fd, size)
         if connection is None:
             return None
         address = connection.address or self._endpoint
@@ -198,16 +200,23 @@ class ZmqListener:
                 link.close()
         return link
 
-    def _find_connection(self, fd: int) -> Connection | None:
-        """Return the connection without a link whose first message has come by way of `fd`."""
+    def _find_connection(self, fd: int, size: int) -> Connection | None:
+        """Return the connection without a link whose first message has come by way of `fd`.
+
+        Args:
+            fd: its descriptor, which the system may have given to the next connection since.
+            size: bytes of the message, which tell a connection that cannot have sent it.
+        """
         self._socket.hear()  # of the connection, if it has only just been accepted
         live = self._connections.get(fd)
-        if live is not None and live not in self._routes:
-            return live
         # It may have ended before its first message was taken.
-        for ended in self._ending:
-            if ended.fd == fd and ended not in self._routes:
-                return ended
+        ended = [each for each in self._ending if each.fd == fd and each not in self._routes]
+        candidates = ended if live is None or live in self._routes else [*ended, live]
+        for connection in candidates:
+            if connection.may_have_sent(size):
+                return connection
+        if candidates:
+            return candidates[0]
         if live is not None:
             # The system gave the same descriptor to the next connection: the link that was taken
             # for this one's is its predecessor's.

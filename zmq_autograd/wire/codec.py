@@ -11,10 +11,12 @@ input, and checks every length before it allocates anything of that length.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import msgpack
@@ -23,7 +25,7 @@ from zmq_autograd.errors import ProtocolError, ResourceExhausted, SerializationE
 from zmq_autograd.ids import MAX_ID
 from zmq_autograd.wire import fields as f
 from zmq_autograd.wire import messages as m
-from zmq_autograd.wire.limits import DEFAULT_LIMITS, KIB, Limits, short
+from zmq_autograd.wire.limits import DEFAULT_LIMITS, KIB, MAX_CONTAINERS, Limits, short
 from zmq_autograd.wire.tensors import TensorReader, TensorWriter
 
 Buffer = bytes | bytearray | memoryview
@@ -261,7 +263,7 @@ def check_fits(frames: Sequence[Buffer], limits: Limits, worker: str) -> None:
 def _open_header(frame: memoryview) -> dict[str, Any]:
     try:
         _check_complete(frame)
-        header = msgpack.unpackb(frame, object_pairs_hook=_unique)
+        header = msgpack.unpackb(frame, object_pairs_hook=partial(_unique, itertools.count(1)))
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"header is no msgpack map with string keys: {error}") from error
     if type(header) is not dict:
@@ -295,8 +297,13 @@ def _check_complete(frame: memoryview) -> None:
     scanner.skip()
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """Make a dict of the pairs of a msgpack map, which must have string keys, each once."""
+def _unique(maps: Iterator[int], pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """Make a dict of the pairs of a msgpack map, which must have string keys, each once.
+
+    `maps` counts them: they are what `values` bounds and a few more.
+    """
+    if next(maps) > 2 * MAX_CONTAINERS:
+        raise ProtocolError(f"header has more than {2 * MAX_CONTAINERS} maps")
     if any(type(key) is not str for key, _ in pairs):
         raise ProtocolError("header has a key that is no string")
     made = dict(pairs)

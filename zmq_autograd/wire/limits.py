@@ -31,7 +31,7 @@ MAX_NUMBER_KEYS: Final = 1024
 collide, and to fill a dict with n of them would take time in proportion to n squared."""
 
 MAX_CONTAINERS: Final = 16 * KIB
-"""Lists, tuples, dicts and entries of dicts in the values of one message: each costs its receiver
+"""Lists, tuples, dicts, their entries, and tagged values in one message: each costs its receiver
 microseconds of its event loop, for as little as one byte."""
 
 
@@ -47,7 +47,7 @@ class Limits:
         requests: requests of one peer that may be under way at once.
     """
 
-    header_bytes: int = MIB
+    header_bytes: int = 256 * KIB
     frames: int = 4096
     frame_bytes: int = GIB
     message_bytes: int = 2 * GIB

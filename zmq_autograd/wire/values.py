@@ -39,9 +39,10 @@ def pack_value(value: Any, tensors: TensorWriter, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, str, bytes)):
         return value
     if isinstance(value, Tensor):
+        _count(tensors)
         return {"tensor": tensors.add_once(value)}
     if isinstance(value, (int, float, complex)):
-        return _pack_number(value)
+        return _pack_number(value, tensors)
     if isinstance(value, (list, tuple, dict)):
         return _pack_container(value, tensors, depth)
     raise SerializationError(
@@ -83,12 +84,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def _pack_container(value: Any, tensors: TensorWriter, depth: int) -> Any:
     if depth == MAX_NESTING:
         raise SerializationError(f"a value nested deeper than {MAX_NESTING} levels cannot travel")
-    tensors.containers += 1 + (len(value) if isinstance(value, dict) else 0)
-    if tensors.containers > MAX_CONTAINERS:
-        raise SerializationError(
-            f"more than {MAX_CONTAINERS} lists, tuples, dicts and entries of dicts cannot travel "
-            "in one message: send tensors"
-        )
+    _count(tensors, 1 + (len(value) if isinstance(value, dict) else 0))
     if isinstance(value, list):
         return [pack_value(item, tensors, depth + 1) for item in value]
     if isinstance(value, tuple):
@@ -101,6 +97,15 @@ def _pack_container(value: Any, tensors: TensorWriter, depth: int) -> Any:
     return {"dict": [_pack_item(k, v, tensors, depth + 1) for k, v in value.items()]}
 
 
+def _count(tensors: TensorWriter, more: int = 1) -> None:
+    tensors.containers += more
+    if tensors.containers > MAX_CONTAINERS:
+        raise SerializationError(
+            f"more than {MAX_CONTAINERS} lists, tuples, dicts and values that are not plain cannot "
+            "travel in one message: send tensors"
+        )
+
+
 def _pack_item(key: Any, value: Any, tensors: TensorWriter, depth: int) -> list[Any]:
     if not isinstance(key, _KEY_TYPES):
         raise SerializationError(
@@ -109,13 +114,15 @@ def _pack_item(key: Any, value: Any, tensors: TensorWriter, depth: int) -> list[
     return [pack_value(key, tensors, depth), pack_value(value, tensors, depth)]
 
 
-def _pack_number(value: complex) -> Any:
+def _pack_number(value: complex, tensors: TensorWriter) -> Any:
     if isinstance(value, int):
         if _MIN_INT <= value <= _MAX_INT:
             return int(value)
+        _count(tensors)
         return {"int": value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True)}
     if isinstance(value, float):
         return float(value)
+    _count(tensors)
     return {"complex": [value.real, value.imag]}
 
 
@@ -132,7 +139,7 @@ def _one_deeper(tensors: TensorReader, depth: int, *, entries: int = 0) -> int:
     tensors.containers += 1 + entries
     if tensors.containers > MAX_CONTAINERS:
         raise ProtocolError(
-            f"values of more than {MAX_CONTAINERS} lists, tuples, dicts and entries of dicts"
+            f"more than {MAX_CONTAINERS} lists, tuples, dicts and values that are not plain"
         )
     return depth + 1
 
