@@ -9,4 +9,4 @@ myst_heading_anchors = 3
 html_theme = "alabaster"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
-default_role = "any"
+default_role = "code"
