@@ -23,7 +23,7 @@ STATUS, STATUS_RESPONSE = 0x48, 0x49
 INCARNATION: Final = "0123456789abcdef" * 2
 
 LIMITS: Final = {
-    "header_bytes": 2**20,
+    "header_bytes": 2**18,
     "frames": 4096,
     "frame_bytes": 2**30,
     "message_bytes": 2**31,

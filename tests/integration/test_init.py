@@ -470,7 +470,7 @@ async def test_one_script_runs_under_either_launcher(tmp_path: Path) -> None:
 
 
 DEATHS = """
-    import asyncio, os, signal, time
+    import asyncio, contextlib, os, signal, time
     import zmq_autograd as za
 
     async def main():
@@ -482,7 +482,8 @@ DEATHS = """
             arrived.release()
 
         async def wait_at_barrier(victim):
-            await (await worker.peer(victim)).call("arrive")
+            with contextlib.suppress(za.WorkerLost):  # it may die before its answer has left
+                await (await worker.peer(victim)).call("arrive")
             began = time.monotonic()
             try:
                 await worker.barrier()
