@@ -33,8 +33,6 @@ _BYTES: Final = struct.Struct("=QQ")  # acknowledged by the peer, received from 
 _BYTES_AT: Final = 120
 _COUNTERS_END: Final = 136  # older kernels tell no more, and so nothing of the window
 
-_HANDSHAKE_BYTES: Final = 92  # ZMTP 3: a greeting of 64, and a command READY with a socket type
-
 _READ_BYTES: Final = 256 * KIB
 _READS_PER_LOOK: Final = 16
 
@@ -68,7 +66,6 @@ class Connection:
         self.settled_bytes = 0
         self._socket = _duplicate(fd, belongs)
         self._is_tcp = False
-        self._received_in_all: int | None = None
         # Two ends in one: what dialling a free port of one's own machine may come to.
         self.is_to_itself = False
         if self._socket is not None:
@@ -152,26 +149,9 @@ class Connection:
         except OSError:
             return  # the peer was faster: it is ended already
 
-    def may_have_sent(self, size: int) -> bool:
-        """Say whether a message of `size` bytes is known to be no more than what has come."""
-        received = self.received_bytes() if self.held else self._received_in_all
-        if received is None:
-            return self.held  # where nothing is counted, who is there is more likely
-        return received >= _HANDSHAKE_BYTES + size
-
-    def distrust(self, successor: Connection) -> None:
-        """Forget what was counted if it was counted of `successor`.
-
-        Where libzmq had closed this one before it was heard of, and the system given its descriptor
-        to the next, what was gripped is the next.
-        """
-        if successor.fd == self.fd and successor.address == self.address:
-            self._received_in_all = None
-
     def release(self) -> None:
         """Let go.  Idempotent."""
         if self._socket is not None:
-            self._received_in_all = self.received_bytes()
             self._socket.close()
             self._socket = None
 

@@ -78,6 +78,9 @@ class ZmqListener:
         self._routes: dict[Connection, bytes] = {}
         # Connections that have ended but may have messages waiting in libzmq, and when they did.
         self._ending: dict[Connection, float] = {}
+        # Connections whose link was made by a message that may have been another's: of an ended
+        # one that had the same descriptor before.  Until all that had arrived is delivered.
+        self._doubted: dict[Connection, Connection] = {}
         self._socket = make_socket(self)
 
     def open(self, address: str) -> None:
@@ -137,7 +140,7 @@ class ZmqListener:
         route = source.bytes
         link = self._links.get(route)
         if link is None:
-            link = self._make_link(route, source, message.size)
+            link = self._make_link(route, source)
             if link is None:
                 return
         connection = link.connection
@@ -153,8 +156,6 @@ class ZmqListener:
             if value in self._connections:
                 self._ended(value)
             connection = Connection(value, self._is_ours)
-            for ended in self._ending:
-                ended.distrust(connection)
             self._connections[value] = connection
             self._strangers[connection] = None
             self._guard.watch(connection, self)
@@ -165,6 +166,7 @@ class ZmqListener:
 
     def socket_idle(self) -> None:
         """Report the connections that have ended as lost: their last messages are delivered."""
+        self._doubted.clear()
         while self._ending:
             self._report_end(next(iter(self._ending)))
 
@@ -177,7 +179,7 @@ class ZmqListener:
             # this peer must not make a new one.
             self._links[route].lost(f"cut: it {reason}")
 
-    def _make_link(self, route: bytes, source: zmq.Frame, size: int) -> ZmqLink | None:
+    def _make_link(self, route: bytes, source: zmq.Frame) -> ZmqLink | None:
         if self._closed:
             return None
         try:
@@ -186,7 +188,7 @@ class ZmqListener:
             # A protocol older than ZMTP 3, for which libzmq takes whatever does not begin like
             # ZeroMQ. There is no telling whose it is; the guard soon cuts its connection.
             return None
-        connection = self._find_connection(fd, size)
+        connection = self._find_connection(fd)
         if connection is None:
             return None
         address = connection.address or self._endpoint
@@ -200,23 +202,22 @@ class ZmqListener:
                 link.close()
         return link
 
-    def _find_connection(self, fd: int, size: int) -> Connection | None:
+    def _find_connection(self, fd: int) -> Connection | None:
         """Return the connection without a link whose first message has come by way of `fd`.
 
-        Args:
-            fd: its descriptor, which the system may have given to the next connection since.
-            size: bytes of the message, which tell a connection that cannot have sent it.
+        The system may have given `fd` to the next connection since: that one is taken, in doubt.
         """
         self._socket.hear()  # of the connection, if it has only just been accepted
         live = self._connections.get(fd)
         # It may have ended before its first message was taken.
-        ended = [each for each in self._ending if each.fd == fd and each not in self._routes]
-        candidates = ended if live is None or live in self._routes else [*ended, live]
-        for connection in candidates:
-            if connection.may_have_sent(size):
-                return connection
-        if candidates:
-            return candidates[0]
+        unclaimed = (each for each in self._ending if each.fd == fd and each not in self._routes)
+        ended = next(unclaimed, None)
+        if live is not None and live not in self._routes:
+            if ended is not None:
+                self._doubted[live] = ended
+            return live
+        if ended is not None:
+            return ended
         if live is not None:
             # The system gave the same descriptor to the next connection: the link that was taken
             # for this one's is its predecessor's.
@@ -226,6 +227,12 @@ class ZmqListener:
     def _close_link(self, link: ZmqLink) -> None:
         if self._closed:
             return  # the socket's linger sees to all of them
+        ended = self._doubted.pop(link.connection, None)
+        if ended is not None:
+            # What was no good was the ended connection's, or the guard will see to this one.
+            link.connection.admitted = False
+            self._routes[ended] = self._routes.pop(link.connection)
+            return
         deadline = time.monotonic() + LINGER_SECONDS
         self._closings.start(end_link(link, deadline), link.address)
 
