@@ -32,6 +32,7 @@ from zmq_autograd.session import (
     error_response,
 )
 from zmq_autograd.transport import HIGH_WATER_BYTES, Link, LinkClosed
+from zmq_autograd.transport.outgoing import hold
 from zmq_autograd.wire import Buffer, Envelope, check_fits, encode, open_envelope
 from zmq_autograd.wire.messages import AutogradMetadata, Message, Reply, Request
 
@@ -172,7 +173,7 @@ class Channel:
         if has_room:
             self._send(frames)
         else:
-            self._held[request_id] = [bytes(frame) for frame in frames]
+            self._held[request_id] = hold(frames)
         self._arm()
         try:
             return await reply
@@ -204,7 +205,7 @@ class Channel:
         """
         frames = self._reply_frames(request_id, reply)
         if self._link and self._link.pending_bytes >= HIGH_WATER_BYTES:
-            frames = [bytes(frame) for frame in frames]
+            frames = hold(frames)
             await self._link.drained()
         self._answer(request_id, frames)
 

@@ -24,10 +24,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from zmq_autograd.errors import ZmqAutogradError
+from zmq_autograd.wire import Buffer as Buffer
 from zmq_autograd.wire.limits import KIB
-
-# Anything with the buffer protocol; `collections.abc.Buffer` needs Python 3.12.
-Buffer = bytes | bytearray | memoryview
 
 UNADMITTED_BYTES: Final = 64 * KIB
 """Bytes a peer may send before it is admitted: a handshake takes a few hundred."""

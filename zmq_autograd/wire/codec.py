@@ -28,6 +28,7 @@ from zmq_autograd.wire import messages as m
 from zmq_autograd.wire.limits import DEFAULT_LIMITS, KIB, MAX_CONTAINERS, Limits, short
 from zmq_autograd.wire.tensors import TensorReader, TensorWriter
 
+# Anything with the buffer protocol; `collections.abc.Buffer` needs Python 3.12.
 Buffer = bytes | bytearray | memoryview
 
 
