@@ -206,6 +206,132 @@ async def test_context_variables_of_a_handler_that_connects_stay_with_it(
         assert await pair.remote_bob.call("get") == "unset"
 
 
+# --- whatever suspends where ---------------------------------------------------------------------
+
+
+async def test_a_coroutine_runs_under_its_callers_modes_from_its_first_step(pair: Pair) -> None:
+    @pair.bob.register
+    async def look() -> list[Modes]:
+        first = modes()
+        await asyncio.sleep(0)
+        return [first, modes()]
+
+    for mode in all_modes():
+        with mode:
+            assert await pair.remote_bob.call("look") == [modes(), modes()]
+
+
+async def test_a_coroutine_may_change_its_own_modes(pair: Pair) -> None:
+    pair.bob.register(modes)
+
+    @pair.bob.register
+    async def change() -> bool:
+        peer = za.current_peer()
+        assert peer is not None
+        before = modes()
+        for mode in all_modes():
+            with mode:
+                expected = modes()
+                await asyncio.sleep(0)
+                assert modes() == expected
+                assert await za.compute(modes) == expected
+                assert await peer.call("modes") == expected
+            await asyncio.sleep(0)
+            assert modes() == before
+        return True
+
+    pair.alice.register(modes)
+    for mode in all_modes():
+        with mode:
+            assert await pair.remote_bob.call("change")
+
+
+async def test_modes_of_suspended_coroutines_reach_nobody_else(pair: Pair) -> None:
+    """Each of them, and whoever started them, is suspended in a mode of its own."""
+    everybody = asyncio.Barrier(2 * len(all_modes()))
+    plain = modes()
+    pair.bob.register(modes)
+
+    @pair.bob.register
+    async def suspend(index: int) -> list[Modes]:
+        with all_modes()[index]:
+            expected = modes()
+            await everybody.wait()
+            found = [modes(), await za.compute(modes)]
+            await everybody.wait()
+            return [expected, *found, modes()]
+
+    @pair.bob.register
+    async def keep() -> list[Modes]:
+        expected = modes()
+        await everybody.wait()
+        found = [modes(), await za.compute(modes)]
+        await everybody.wait()
+        return [expected, *found, modes()]
+
+    calls = []
+    for index, mode in enumerate(all_modes()):
+        calls.append(asyncio.create_task(pair.remote_bob.call("suspend", index)))
+        with mode:
+            calls.append(asyncio.create_task(pair.remote_bob.call("keep")))
+            await asyncio.sleep(0)
+    for found in await asyncio.gather(*calls):
+        assert found == [found[0]] * 4
+    assert modes() == plain
+    assert await pair.remote_bob.call("modes") == plain
+
+
+async def test_what_a_user_suspends_in_reaches_no_handler(pair: Pair) -> None:
+    begin, seen = asyncio.Event(), asyncio.Event()
+    plain = modes()
+
+    @pair.bob.register
+    async def look() -> list[Modes]:
+        seen.set()
+        await begin.wait()
+        return [modes(), await za.compute(modes), modes()]
+
+    calling = asyncio.create_task(pair.remote_bob.call("look"))
+    await seen.wait()
+    for mode in all_modes():
+        with mode:
+            before = modes()
+            begin.set()
+            assert await calling == [plain] * 3
+            assert modes() == before
+            begin.clear()
+        seen.clear()
+        calling = asyncio.create_task(pair.remote_bob.call("look"))
+        await seen.wait()
+    begin.set()
+    await calling
+
+
+async def test_a_casts_cache_is_not_another_coroutines(pair: Pair) -> None:
+    """Autocast keeps what it has cast of a parameter while any region is open in the thread."""
+    net = torch.nn.Linear(2, 2, bias=False)
+    changed = asyncio.Event()
+    computed = asyncio.Event()
+
+    @pair.bob.register
+    async def compute(x: torch.Tensor) -> torch.Tensor:
+        net(x)
+        computed.set()
+        await changed.wait()
+        after: torch.Tensor = net(x)
+        return after
+
+    x = torch.ones(1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        calling = asyncio.create_task(pair.remote_bob.call("compute", x))
+        await asyncio.sleep(0)
+    await computed.wait()
+    with torch.no_grad():
+        net.weight.fill_(3)
+    changed.set()
+    assert (await calling).tolist() == [[6, 6]]
+
+
 async def test_modes_that_there_are_not_are_the_senders_error(pair: Pair) -> None:
     @pair.bob.register
     def never() -> None:

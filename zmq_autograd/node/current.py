@@ -19,6 +19,9 @@ from zmq_autograd.wire.tensors import DTYPES
 
 _AUTOCAST_DEVICES: Final = ("cpu", "cuda")
 
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+"""State of autocast in a thread: device type, whether it is on, and its dtype, each time."""
+
 
 @dataclass(slots=True)
 class Call:
@@ -30,6 +33,7 @@ class Call:
         node: the inside of that worker.
         deadline: on the event loop's clock, when nobody waits for it any more; None for never.
         modes: torch's modes at the caller.
+        is_running: its handler is in one of its steps, under modes of its own.
         is_over: its handler has returned; what runs on, in tasks of its own, has no deadline.
     """
 
@@ -38,6 +42,7 @@ class Call:
     node: Any
     deadline: float | None
     modes: Modes
+    is_running: bool = False
     is_over: bool = False
 
 
@@ -55,22 +60,58 @@ def shortened(timeout: float | None) -> float | None:
 
 def current_modes() -> Modes:
     """Return the modes that hold here: this thread's, within those of the call it serves."""
-    autocast = {
-        device: str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-        for device in _AUTOCAST_DEVICES
-        if torch.is_autocast_enabled(device)
-    }
-    here = Modes(
-        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tuple(autocast.items())
+    autocast = tuple(
+        (device, str(dtype).removeprefix("torch."))
+        for device, is_on, dtype in autocast_here()
+        if is_on
     )
+    here = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
     call = current_call.get()
-    if call is None:
+    if call is None or call.is_running:
         return here
+    # A task of the handler's own: what its call came with is not the thread's.
     return Modes(
         here.grad_enabled and call.modes.grad_enabled,
         here.inference_mode or call.modes.inference_mode,
-        tuple({**dict(call.modes.autocast), **autocast}.items()),
+        tuple({**dict(call.modes.autocast), **dict(autocast)}.items()),
     )
+
+
+def autocast_here() -> Autocast:
+    """Return the state of autocast in this thread."""
+    some = torch._C._is_any_autocast_enabled()
+    return tuple(
+        (device, some and torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in _AUTOCAST_DEVICES
+    )
+
+
+def autocast_of(modes: Modes) -> Autocast:
+    """Return the state of autocast that `modes` ask for.
+
+    Raises:
+        ValueError: they name a dtype that there is not.
+    """
+    dtypes = dict(modes.autocast)
+    return tuple(
+        (device, device in dtypes, _dtype(dtypes[device]) if device in dtypes else default)
+        for device, _, default in autocast_here()
+    )
+
+
+def set_autocast(state: Autocast) -> None:
+    """Put autocast in this thread into `state`."""
+    for device, is_on, dtype in state:
+        torch.set_autocast_enabled(device, is_on)
+        torch.set_autocast_dtype(device, dtype)
+    # What one coroutine's region has cast is not for another, which may have changed it since.
+    torch.clear_autocast_cache()
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"autocast: unknown dtype {name!r}")
+    return DTYPES[name]
 
 
 @contextmanager
@@ -84,7 +125,5 @@ def applied(modes: Modes) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(modes.inference_mode))
         stack.enter_context(torch.set_grad_enabled(modes.grad_enabled))
         for device, dtype in modes.autocast:
-            if dtype not in DTYPES:
-                raise ValueError(f"autocast: unknown dtype {dtype!r}")
-            stack.enter_context(torch.autocast(device, dtype=DTYPES[dtype]))
+            stack.enter_context(torch.autocast(device, dtype=_dtype(dtype)))
         yield

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from zmq_autograd.errors import ConfigurationError, WorkerLost
 from zmq_autograd.node.current import Call, current_call
 from zmq_autograd.node.registry import is_async
+from zmq_autograd.node.stepping import Stepped
 from zmq_autograd.session import HandleRequest, error_response
 from zmq_autograd.wire.messages import (
     ErrorResponse,
@@ -100,7 +101,7 @@ class Dispatcher:
         call = Call(worker, channel.peer, node, request.deadline, modes)
         current_call.set(call)
         try:
-            reply = await self._reply_to(message, channel.peer)
+            reply = await self._reply_to(message, call)
             call.is_over = True
             await channel.reply_when_drained(request_id, reply)
         except asyncio.CancelledError:
@@ -108,22 +109,26 @@ class Dispatcher:
             channel.reply(request_id, error_response(leaving, self.worker))
             raise
 
-    async def _reply_to(self, message: Request, peer: Any) -> Reply:
+    async def _reply_to(self, message: Request, call: Call) -> Reply:
         """Return what the handler of `message` replies, an `ErrorResponse` where it raised."""
-        kind = type(message)
-        handler: Handler = self._handlers.get(kind, self.default)
         try:
-            reply = await handler(message, peer)
-            if not isinstance(reply, (kind.reply, ErrorResponse)):
-                raise TypeError(
-                    f"the handler of {kind.__name__}: expected {kind.reply.__name__}, "
-                    f"got {type(reply).__name__}"
-                )
+            reply: Reply = await Stepped(self._handled(message, call.peer), call)
         except BaseException as error:  # whatever it is, SystemExit too, it goes to the sender
             if _is_meant_for_us(error):
                 raise
-            logger.debug("handler of %s raised", kind.__name__, exc_info=True)
+            logger.debug("handler of %s raised", type(message).__name__, exc_info=True)
             return error_response(error, self.worker, send_traceback=self._send_tracebacks)
+        return reply
+
+    async def _handled(self, message: Request, peer: Any) -> Reply:
+        kind = type(message)
+        handler: Handler = self._handlers.get(kind, self.default)
+        reply = await handler(message, peer)
+        if not isinstance(reply, (kind.reply, ErrorResponse)):
+            raise TypeError(
+                f"the handler of {kind.__name__}: expected {kind.reply.__name__}, "
+                f"got {type(reply).__name__}"
+            )
         return reply
 
 

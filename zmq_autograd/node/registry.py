@@ -19,8 +19,6 @@ from torch.nn import Module
 
 from zmq_autograd.errors import ConfigurationError, NotRegistered
 from zmq_autograd.node.compute import ComputePool
-from zmq_autograd.node.current import current_call
-from zmq_autograd.wire.messages import Modes
 
 RESERVED_PREFIX: Final = "za."
 """Names that the library itself registers."""
@@ -54,7 +52,7 @@ class Entry:
             return await self._in_turn(call, pool, self.turns.here())
         if is_async(self.function):
             return await call()
-        return await _handed_on(await pool.start(call, _modes_of_the_caller()))
+        return await _handed_on(await pool.run(call))
 
     async def _in_turn(
         self, call: Callable[[], Any], pool: ComputePool, turns: asyncio.Semaphore
@@ -68,7 +66,7 @@ class Entry:
         try:
             if is_async(self.function):
                 return await call()
-            running = pool.start(call, _modes_of_the_caller())
+            running = pool.start(call)
             return await _handed_on(await asyncio.shield(running))
         finally:
             if running is None or running.done():
@@ -175,15 +173,6 @@ def is_async(function: Callable[..., Any]) -> bool:
         and not inspect.isroutine(function)
         and inspect.iscoroutinefunction(type(function).__call__)
     )
-
-
-def _modes_of_the_caller() -> Modes | None:
-    """Return the modes that came with the call, None outside of one.
-
-    The loop's thread may be in those of another coroutine, suspended in its ``with no_grad()``.
-    """
-    call = current_call.get()
-    return None if call is None else call.modes
 
 
 async def _handed_on(result: Any) -> Any:
