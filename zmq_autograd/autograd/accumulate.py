@@ -1,0 +1,77 @@
+"""Leaf accumulators: what torch runs where a gradient reaches a leaf.
+
+Gradients of a pass are found without them, so that nothing of it is visible before it is complete.
+Then each leaf's accumulator runs once, on the pass's gradient: accumulate and post-accumulate hooks
+see in ``.grad`` what they would in one process, and may change it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from zmq_autograd.autograd.stages import has_tensor_hooks
+
+_GRADS_SWAPPED: Final = threading.Lock()
+"""Held while ``.grad`` of leaves is not what their users put there: contexts share leaves."""
+
+
+class _Deliver(Function):
+    """Gives its inputs gradients that nobody else holds, so that torch need not copy them."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.grads = grads
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        grads = tuple(ctx.grads)
+        ctx.grads.clear()
+        return (None, *grads)
+
+
+def accumulated(grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor, Tensor]:
+    """Run the accumulators of leaves on `grads`, which is used up; return what they make of it.
+
+    Args:
+        grads: by leaf, and by other tensors, which have no accumulator.
+        into_grad: add them to the tensors' ``.grad`` too.
+
+    Raises:
+        Exception: whatever a hook raises; every ``.grad`` is as it was.
+    """
+    leaves = [tensor for tensor in grads if tensor.is_leaf]
+    with _GRADS_SWAPPED, torch.inference_mode(mode=False):
+        before = [(leaf, leaf.grad) for leaf in leaves]
+        try:
+            _run_accumulators(leaves, grads)
+            found = {leaf: leaf.grad for leaf in leaves if leaf.grad is not None} | grads
+        finally:
+            for leaf, grad in before:
+                leaf.grad = grad
+        if into_grad:
+            for tensor, grad in found.items():
+                tensor.grad = grad.clone() if tensor.grad is None else tensor.grad + grad
+    return found
+
+
+def _run_accumulators(leaves: list[Tensor], grads: dict[Tensor, Tensor]) -> None:
+    """Leave in ``.grad`` of `leaves` their gradients out of `grads`."""
+    for leaf in leaves:
+        leaf.grad = None
+    # A leaf's tensor hooks ran when its gradient was found.  Its accumulator would run them again,
+    # so here is done what that does besides.
+    for leaf in filter(has_tensor_hooks, leaves):
+        leaf.grad = grads.pop(leaf)
+        for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
+            hook(leaf)
+    plain = [leaf for leaf in leaves if leaf in grads]
+    if plain:
+        with torch.enable_grad():
+            delivery = _Deliver.apply([grads.pop(leaf) for leaf in plain], *plain)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(delivery)

@@ -1,0 +1,168 @@
+"""Send and receive functions: where a worker's part of the graph begins and ends.
+
+A message that carries tensors requiring grad has one where it left and one where it arrived, as in
+torch (``SendRpcBackward``, ``RecvRpcBackward``).  Knows nothing of who they are exchanged with: a
+peer is any object here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from zmq_autograd.errors import ContextError, ProtocolError
+
+
+FREED_TEXT: Final = (
+    "Trying to backward through the graph a second time: without retain_graph=True a pass frees "
+    "what it ran through"
+)
+
+
+@dataclass(slots=True, eq=False)
+class SendFunction:
+    """A message that left: what its gradients flow into (torch: ``SendRpcBackward``).
+
+    Attributes:
+        message_id: the message.
+        peer: who it was sent to.
+        edges: for each tensor of the message its place in the graph; None where it requires no
+            grad, or where a pass has freed what it was computed from.
+        metas: for each tensor its shape and dtype.
+        freed: which tensors' graph a pass has freed.
+    """
+
+    message_id: int
+    peer: Any
+    edges: list[GradientEdge | None]
+    metas: list[tuple[torch.Size, torch.dtype]]
+    freed: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, message_id: int, peer: Any, tensors: Sequence[Tensor]) -> SendFunction:
+        """Record that `tensors`, all of one message, are sent to `peer`."""
+        edges = [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+        return cls(message_id, peer, edges, [(t.shape, t.dtype) for t in tensors])
+
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """Raise what is wrong with `grads` as the gradients of these tensors.
+
+        Raises:
+            ProtocolError: their number, or a shape or dtype, is another one.
+            RuntimeError: as torch does, if the graph that they belong to was freed.
+        """
+        if len(grads) != len(self.metas):
+            raise ProtocolError(
+                f"message {self.message_id}: expected {len(self.metas)} gradients, got {len(grads)}"
+            )
+        for index, (grad, (shape, dtype)) in enumerate(zip(grads, self.metas, strict=True)):
+            if grad is not None and (grad.shape != shape or grad.dtype != dtype):
+                raise ProtocolError(
+                    f"message {self.message_id}: expected gradient {index} of shape {list(shape)} "
+                    f"and {dtype}, got {list(grad.shape)} and {grad.dtype}"
+                )
+
+            if grad is not None and index in self.freed:
+                raise RuntimeError(FREED_TEXT)
+
+    def free(self, grads: Sequence[Tensor | None]) -> None:
+        """Let go of the graph that `grads` have flowed through."""
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                self.edges[index] = None
+                self.freed.add(index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.metas)
+
+
+@dataclass(slots=True, eq=False)
+class ReceiveFunction:
+    """A message that arrived: what gradients flow out of (torch: ``RecvRpcBackward``).
+
+    Attributes:
+        message_id: the message.
+        peer: who sent it.
+        context_id: the context that it belongs to, 0 for none.
+        positions: which tensors of the message are its node's outputs, in order.
+        tensors: how many tensors the message has.
+    """
+
+    message_id: int
+    peer: Any
+    context_id: int
+    positions: list[int] = field(default_factory=list)
+    tensors: int = 0
+
+    def attach(self, tensors: Sequence[Tensor]) -> None:
+        """Put those of `tensors`, all of one message, that require grad on the graph.
+
+        They stay the same objects, and are no leaves from now on: they may be changed in place.
+        """
+        self.tensors = len(tensors)
+        self.positions = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+        outputs = [tensors[i].requires_grad_(False) for i in self.positions]
+        _put_on_graph(self, outputs)
+
+    def gradients(self, captured: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Return the gradients of all tensors of the message, given those of its outputs."""
+        grads: list[Tensor | None] = [None] * self.tensors
+        for position, grad in zip(self.positions, captured, strict=True):
+            grads[position] = grad
+        return grads
+
+
+class RecvRpc(Function):
+    """Makes received tensors outputs of one node.  Gradients are captured there: it never runs."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, receive: ReceiveFunction, outputs: list[Tensor]) -> Any:
+        """Return `outputs`, which are no inputs, as they are."""
+        ctx.receive = receive
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Refuse: a plain ``.backward()`` came across a boundary between workers."""
+        receive: ReceiveFunction = ctx.receive
+        if not receive.context_id:
+            raise ContextError(
+                "backward reached the result of a call that was made outside a context: make the "
+                "call inside `async with worker.context() as ctx`, or detach what is passed to it"
+            )
+        raise ContextError(
+            f"backward reached a tensor that was received in context {receive.context_id}: use "
+            "`await ctx.backward(...)`, which crosses workers",
+            context_id=receive.context_id,
+        )
+
+
+# What makes torch put the outputs on the graph at all; nothing ever flows into it.
+_TOKEN: Final = torch.zeros((), requires_grad=True)
+
+_RECEIVE_NODE: Final[type] = RecvRpc._backward_cls
+_LEAF_NODE: Final = type(get_gradient_edge(_TOKEN).node)
+
+
+def receive_of(node: Node) -> ReceiveFunction | None:
+    """Return the receive function that `node` stands for, None if it is another node."""
+    return node.receive if type(node) is _RECEIVE_NODE else None  # type: ignore[attr-defined]
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """Return the leaf that `node` accumulates gradients of, None if it is another node."""
+    return node.variable if type(node) is _LEAF_NODE else None  # type: ignore[attr-defined]
+
+
+def _put_on_graph(receive: ReceiveFunction, outputs: list[Tensor]) -> None:
+    # Whatever modes hold here: what the caller could differentiate stays differentiable.
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        RecvRpc.apply(_TOKEN, receive, outputs)  # type: ignore[no-untyped-call]

@@ -1,0 +1,271 @@
+"""One worker's part of one backward pass: takes gradients for its roots as they come, in any order.
+
+Owns the sums that wait between stages, the leaf gradients of the pass until it is complete, and
+what leaves through receive functions.  Knows nothing of peers and messages beyond those functions;
+everything here may run in any one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from zmq_autograd.autograd import calls
+from zmq_autograd.autograd.functions import ReceiveFunction, leaf_of, receive_of
+from zmq_autograd.autograd.stages import Slot, Stage, has_tensor_hooks, is_sink, stages_of
+from zmq_autograd.autograd.walk import walk
+from zmq_autograd.errors import ContextError
+
+Place = tuple[int, int]
+"""Where a term of a sum comes from: number of its node in the walk, or less for a root; and which
+of its outputs.  Terms are summed in this order."""
+
+Term = tuple[Place, Tensor]
+
+Emission = tuple[ReceiveFunction, list[Tensor | None]]
+"""The complete gradients for one received message."""
+
+
+@dataclass(slots=True, eq=False)
+class Root:
+    """What gradients flow in through: a send function's edges, or the losses'.
+
+    Attributes:
+        edges: where they flow in; None where nothing can.
+    """
+
+    edges: Sequence[GradientEdge | None]
+
+
+@dataclass(slots=True, eq=False)
+class Wanted:
+    """Which gradients a pass is to find on this worker, beside those of received tensors.
+
+    Attributes:
+        leaves: all leaves, or none but those among `inputs`.
+        inputs: these tensors, leaves or not.
+    """
+
+    leaves: bool = True
+    inputs: Sequence[Tensor] = ()
+
+
+class LocalPass:
+    """See the module.  `resolve` every root once; `run` returns what has become complete."""
+
+    def __init__(
+        self,
+        context_id: int,
+        roots: Sequence[Root],
+        wanted: Wanted,
+        *,
+        retain_graph: bool,
+    ) -> None:
+        """Plan a pass.
+
+        Args:
+            context_id: the context; a received tensor of another one is refused.
+            roots: in the order in which sums take what flows in through them.
+            wanted: whose gradients are to be found.
+            retain_graph: keep what the pass runs through.
+
+        Raises:
+            ContextError: a root was computed from what was received in another context.
+        """
+        self._context_id = context_id
+        self._retain_graph = retain_graph
+        self._roots = roots
+        edges = [edge for root in roots for edge in root.edges if edge is not None]
+        self._graph = walk(edge.node for edge in edges)
+        self._all_leaves = wanted.leaves
+        self._captures = self._found(wanted.inputs)
+        self._slots: list[list[Slot | None]] = [
+            [edge and (self._graph.numbers[edge.node], edge.output_nr) for edge in root.edges]
+            for root in roots
+        ]
+        slots = [[slot for slot in slots if slot is not None] for slots in self._slots]
+        self._stages = stages_of(self._graph, slots, self._wanted_nodes(wanted))
+        self._unresolved = (1 << len(roots)) - 1
+        # What has flowed into nodes that have not run, by number and input.
+        self._waiting: dict[int, dict[int, list[Term]]] = {}
+        # What has been found for leaves and inputs.
+        self._found_terms: dict[Tensor, list[Term]] = {}
+        self._check_context()
+
+    @property
+    def receives(self) -> list[ReceiveFunction]:
+        """The receive functions that the roots reach: each will get its gradients."""
+        found = (receive_of(node) for node in self._graph.nodes)
+        return [receive for receive in found if receive is not None]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every stage has run."""
+        return not self._stages
+
+    def resolve(self, root: int, grads: Sequence[Tensor | None] | None) -> None:
+        """Take the gradients for a root; None if there are none to come.
+
+        Args:
+            root: its place among the roots.
+            grads: one for each of its edges, of the shape and dtype there, None where undefined.
+        """
+        self._unresolved &= ~(1 << root)
+        for index, grad in enumerate(grads or ()):
+            slot = self._slots[root][index]
+            if slot is not None and grad is not None:
+                self._add(slot, ((root - len(self._roots), index), grad))
+
+    def run(self) -> list[Emission]:
+        """Run every stage whose roots are resolved; return what is complete now.
+
+        Raises:
+            Exception: whatever a hook, a Function or torch raises; the pass is not to go on.
+        """
+        emissions: list[Emission] = []
+        waiting = []
+        for stage in self._stages:
+            if stage.roots & self._unresolved:
+                waiting.append(stage)
+            else:
+                emissions += self._run_stage(stage)
+        self._stages = waiting
+        return emissions
+
+    def take_gradients(self) -> dict[Tensor, Tensor]:
+        """Return the pass's gradients of leaves and inputs; to be asked for once, at its end."""
+        found, self._found_terms = self._found_terms, {}
+        # Each list is emptied first, so that nothing else holds the sum, which need not be copied.
+        return {tensor: _sum(found.pop(tensor)) for tensor in list(found)}
+
+    # --- planning --------------------------------------------------------------------------------
+
+    def _found(self, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:
+        """Return where in the graph `inputs` are, as far as they are in it."""
+        edges = ((get_gradient_edge(tensor), tensor) for tensor in inputs)
+        numbers = self._graph.numbers
+        return {
+            (numbers[edge.node], edge.output_nr): tensor
+            for edge, tensor in edges
+            if edge.node in numbers
+        }
+
+    def _wanted_nodes(self, wanted: Wanted) -> list[int] | None:
+        if wanted.leaves and not wanted.inputs:
+            return None
+        receives = [n for n, node in enumerate(self._graph.nodes) if receive_of(node) is not None]
+        return [*receives, *(number for number, _ in self._captures)]
+
+    def _check_context(self) -> None:
+        for receive in self.receives:
+            if receive.context_id != self._context_id:
+                where = f"in context {receive.context_id}" if receive.context_id else "outside one"
+                raise ContextError(
+                    f"backward in context {self._context_id} reached a tensor that was received "
+                    f"{where}: receive it again in this context, or detach it",
+                    context_id=self._context_id,
+                )
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: Stage) -> list[Emission]:
+        for number in stage.stepped:
+            self._step(number)
+        captured = self._call(stage)
+        place = (stage.called[0] if stage.called else 0, 0)
+        for slot, grad in captured.items():
+            leaf = leaf_of(self._graph.nodes[slot[0]])
+            tensor = self._captures.get(slot) if leaf is None else leaf
+            if tensor is not None:
+                self._found_terms.setdefault(tensor, []).append((place, grad))
+        emissions: list[Emission] = []
+        for number in stage.sinks:
+            receive = receive_of(self._graph.nodes[number])
+            if receive is not None:
+                outputs = range(len(receive.positions))
+                grads = receive.gradients([captured.get((number, i)) for i in outputs])
+                emissions.append((receive, grads))
+        return emissions
+
+    def _step(self, number: int) -> None:
+        grads = self._take_sums(number)
+        if not grads:
+            return
+        node, nexts = self._graph.nodes[number], self._graph.nexts[number]
+        leads = [self._edge(slot) for slot in dict.fromkeys(nexts) if slot is not None]
+        passed_on, given = calls.step(node, grads, leads)
+        if not self._retain_graph:
+            calls.mark_freed(node)
+        for index, (slot, grad) in enumerate(zip(nexts, passed_on, strict=True)):
+            if slot is not None and grad is not None:
+                self._add(slot, ((number, index), grad))
+        for index, grad in enumerate(given if self._captures else ()):
+            tensor = self._captures.get((number, index))
+            if tensor is not None and grad is not None:
+                self._found_terms.setdefault(tensor, []).append(((number, index), grad))
+
+    def _call(self, stage: Stage) -> dict[Slot, Tensor]:
+        """Run what is not stepped; return the gradients captured at sinks and inputs."""
+        inflow = {
+            (number, index): grad
+            for number in stage.called
+            for index, grad in self._take_sums(number).items()
+        }
+        if not inflow:
+            return {}
+        inner = [self._graph.nodes[number] for number in stage.called]
+        inner = [node for node in inner if not is_sink(node)]
+        calls.check_not_freed(inner)
+        if not stage.is_order_free:
+            calls.set_order(inner)
+        slots = self._captured_slots(stage)
+        found = calls.call(
+            [self._edge(slot) for slot in inflow],
+            list(inflow.values()),
+            [self._edge(slot) for slot in slots],
+            retain_graph=self._retain_graph,
+        )
+        return {slot: grad for slot, grad in zip(slots, found, strict=True) if grad is not None}
+
+    def _captured_slots(self, stage: Stage) -> list[Slot]:
+        slots: dict[Slot, None] = {}
+        for number in stage.sinks:
+            receive = receive_of(self._graph.nodes[number])
+            outputs = 1 if receive is None else len(receive.positions)
+            slots |= dict.fromkeys((number, index) for index in range(outputs))
+        if self._captures:
+            called = set(stage.called)
+            slots |= dict.fromkeys(slot for slot in self._captures if slot[0] in called)
+        return list(slots)
+
+    def _edge(self, slot: Slot) -> GradientEdge:
+        return GradientEdge(self._graph.nodes[slot[0]], slot[1])
+
+    # --- sums ------------------------------------------------------------------------------------
+
+    def _add(self, slot: Slot, term: Term) -> None:
+        """Keep a term until the node that it flows into runs, or the pass is complete."""
+        number, index = slot
+        leaf = leaf_of(self._graph.nodes[number])
+        if leaf is None or has_tensor_hooks(leaf):
+            self._waiting.setdefault(number, {}).setdefault(index, []).append(term)
+        elif self._all_leaves or slot in self._captures:
+            self._found_terms.setdefault(leaf, []).append(term)
+
+    def _take_sums(self, number: int) -> dict[int, Tensor]:
+        """Return what has flowed into a node whose stage runs now, by input."""
+        waiting = self._waiting.pop(number, {})
+        return {index: _sum(terms) for index, terms in sorted(waiting.items())}
+
+
+def _sum(terms: list[Term]) -> Tensor:
+    """Return the sum of `terms` in the order of their places; none of them is changed."""
+    terms.sort(key=itemgetter(0))
+    total = terms[0][1]
+    for _, grad in terms[1:]:
+        total = total + grad
+    return total

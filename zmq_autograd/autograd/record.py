@@ -1,0 +1,73 @@
+"""The record of one context on one worker: what was sent and received, and the gradients so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from zmq_autograd.autograd.accumulate import accumulated
+from zmq_autograd.autograd.functions import ReceiveFunction, SendFunction
+
+
+class Record:
+    """See the module.
+
+    Attributes:
+        context_id: the context.
+        sends: by message id.
+        receives: by message id.
+        gradients: by leaf, the sum over all passes that are complete.
+    """
+
+    def __init__(self, context_id: int) -> None:
+        """Make an empty record of the context."""
+        self.context_id = context_id
+        self.sends: dict[int, SendFunction] = {}
+        self.receives: dict[int, ReceiveFunction] = {}
+        self.gradients: dict[Tensor, Tensor] = {}
+
+    def send(self, message_id: int, peer: Any, tensors: Iterable[Tensor]) -> bool:
+        """Record that `tensors` leave in one message; say whether any of them is on the graph."""
+        distinct = _distinct(tensors)
+        if not any(tensor.requires_grad for tensor in distinct):
+            return False
+        self.sends[message_id] = SendFunction.of(message_id, peer, distinct)
+        return True
+
+    def receive(self, message_id: int, peer: Any, tensors: Iterable[Tensor]) -> None:
+        """Record that `tensors` arrived in one message; put those that require grad on the graph."""
+        distinct = _distinct(tensors)
+        if any(tensor.requires_grad for tensor in distinct):
+            receive = ReceiveFunction(message_id, peer, self.context_id)
+            receive.attach(distinct)
+            self.receives[message_id] = receive
+
+    def roots(self) -> list[SendFunction]:
+        """Return the sends that gradients can flow into, in an order that no run changes."""
+        # Ids are mixed with the context's, see `engine.places`; without it they say where in the
+        # program a message was made.
+        sends = sorted(self.sends.values(), key=lambda send: send.message_id ^ self.context_id)
+        return [send for send in sends if any(edge is not None for edge in send.edges)]
+
+    def add(self, grads: dict[Tensor, Tensor], *, into_grad: bool) -> None:
+        """Take over the gradients of a pass that is complete everywhere; they are used up.
+
+        Raises:
+            Exception: whatever an accumulate hook raises; nothing was taken over.
+        """
+        for tensor, grad in accumulated(grads, into_grad=into_grad).items():
+            before = self.gradients.get(tensor)
+            self.gradients[tensor] = grad if before is None else before + grad
+
+    def clear(self) -> None:
+        """Let go of every tensor and graph."""
+        self.sends.clear()
+        self.receives.clear()
+        self.gradients.clear()
+
+
+def _distinct(tensors: Iterable[Tensor]) -> Sequence[Tensor]:
+    """Return each tensor object once, in the order in which a message carries them."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
