@@ -18,7 +18,6 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from zmq_autograd.errors import ContextError, ProtocolError
 
-
 FREED_TEXT: Final = (
     "Trying to backward through the graph a second time: without retain_graph=True a pass frees "
     "what it ran through"

@@ -37,7 +37,7 @@ class Record:
         return True
 
     def receive(self, message_id: int, peer: Any, tensors: Iterable[Tensor]) -> None:
-        """Record that `tensors` arrived in one message; put those that require grad on the graph."""
+        """Record that `tensors` arrived in one message, and put them on the graph."""
         distinct = _distinct(tensors)
         if any(tensor.requires_grad for tensor in distinct):
             receive = ReceiveFunction(message_id, peer, self.context_id)

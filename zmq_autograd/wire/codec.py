@@ -74,11 +74,17 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "metadata": f.OPTIONAL_METADATA,
             "modes": f.MODES,
             "profiler": f.VALUE,
+            "committed": f.ID,
         },
     ),
     m.ForwardResponse: Schema(
         0x10,
-        {"result": f.VALUE, "metadata": f.OPTIONAL_METADATA, "profiler_events": f.VALUE},
+        {
+            "result": f.VALUE,
+            "metadata": f.OPTIONAL_METADATA,
+            "profiler_events": f.VALUE,
+            "committed": f.ID,
+        },
     ),
     m.PropagateGradientsRequest: Schema(
         0x11,
@@ -90,7 +96,7 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
         },
     ),
     m.PropagateGradientsResponse: Schema(0x12, {}),
-    m.CleanupContextRequest: Schema(0x13, {"context_id": f.ID}),
+    m.CleanupContextRequest: Schema(0x13, {"context_id": f.ID, "committed": f.ID}),
     m.CleanupContextResponse: Schema(0x14, {}),
     m.RRefBackwardRequest: Schema(
         0x17, {"rref_id": f.ID, "context_id": f.ID, "retain_graph": f.BOOL}
@@ -117,9 +123,18 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
     m.Heartbeat: Schema(0x42, {}),
     m.Cancel: Schema(0x43, {"cancelled_id": f.ID}),
     m.StartPass: Schema(
-        0x44, {"context_id": f.ID, "pass_id": f.ID, "message_ids": f.IDS, "retain_graph": f.BOOL}
+        0x44,
+        {
+            "context_id": f.ID,
+            "pass_id": f.ID,
+            "message_ids": f.IDS,
+            "retain_graph": f.BOOL,
+            "inputs_only": f.BOOL,
+            "accumulate_grad": f.BOOL,
+            "committed": f.ID,
+        },
     ),
-    m.StartPassResponse: Schema(0x45, {}),
+    m.StartPassResponse: Schema(0x45, {"is_complete": f.BOOL}),
     m.AbortPass: Schema(
         0x46,
         {
@@ -128,14 +143,33 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "code": f.STRING,
             "text": f.STRING,
             "origin": f.STRING,
+            "type_name": f.STRING,
+            "traceback": f.OPTIONAL_STRING,
+            "path": f.STRINGS,
+            "incarnation": f.STRING,
+            "message_ids": f.IDS,
+            "workers": f.STRINGS,
         },
     ),
-    m.AbortPassResponse: Schema(0x47, {}),
+    m.AbortPassResponse: Schema(0x47, {"message_ids": f.IDS, "workers": f.STRINGS}),
     m.Status: Schema(0x48, {}),
     m.StatusResponse: Schema(0x49, {"status": f.VALUE}),
     m.RRefDeleteResponse: Schema(0x4A, {}),
     m.RRefForkResponse: Schema(0x4B, {}),
     m.RRefAcceptResponse: Schema(0x4C, {}),
+    m.CommitPass: Schema(0x4D, {"context_id": f.ID, "committed": f.ID}),
+    m.CommitPassResponse: Schema(0x4E, {}),
+    m.BackwardRequest: Schema(
+        0x4F,
+        {
+            "context_id": f.ID,
+            "pass_id": f.ID,
+            "retain_graph": f.BOOL,
+            "inputs_only": f.BOOL,
+            "accumulate_grad": f.BOOL,
+        },
+    ),
+    m.BackwardResponse: Schema(0x50, {}),
 }
 
 _LARGE_HEADER: Final = 16 * KIB

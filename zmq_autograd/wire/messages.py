@@ -111,11 +111,13 @@ class ForwardResponse(Reply):
         result: what the function returned.
         metadata: the message that carried it back, where it is on the autograd graph.
         profiler_events: what the profiler saw, where the request asked for it.
+        committed: the context's last pass that the sender knows to be complete, 0 for none.
     """
 
     result: Any = None
     metadata: AutogradMetadata | None = None
     profiler_events: Any = None
+    committed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +131,7 @@ class ForwardRequest(Request):
         metadata: the context and message, None outside a context.
         modes: the caller's modes of torch.
         profiler: configuration of the caller's profiler, None where none runs.
+        committed: the context's last pass that the sender knows to be complete, 0 for none.
     """
 
     reply: ClassVar = ForwardResponse
@@ -139,6 +142,7 @@ class ForwardRequest(Request):
     metadata: AutogradMetadata | None = None
     modes: Modes = Modes()
     profiler: Any = None
+    committed: int = 0
 
 
 # --- contexts and passes -------------------------------------------------------------------------
@@ -155,16 +159,25 @@ class CleanupContextRequest(Request):
 
     Attributes:
         context_id: the context.
+        committed: its last pass that the sender knows to be complete, 0 for none.
     """
 
     reply: ClassVar = CleanupContextResponse
 
     context_id: int
+    committed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StartPassResponse(Reply):
-    """The receiver, and all whom it told, have completed their part of the pass."""
+    """The receiver takes part in the pass.
+
+    Attributes:
+        is_complete: its part is complete, and so are the parts of all whom it told first; False
+            if it was told of the pass before, by somebody else.
+    """
+
+    is_complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +186,13 @@ class StartPass(Request):
 
     Attributes:
         context_id: the context.
-        pass_id: the pass, granted by the context's owner.
-        message_ids: forward messages whose gradients the sender awaits from the receiver.
+        pass_id: the pass, whose turn the context's owner granted.
+        message_ids: forward messages of the receiver's over which the sender will propagate
+            gradients, defined or not; whatever else the receiver sent it gets none.
         retain_graph: keep the graph for another pass.
+        inputs_only: accumulate no gradients of leaves: the initiator named those that it wants.
+        accumulate_grad: add the gradients of leaves to their ``.grad`` too.
+        committed: the context's last pass that the sender knows to be complete, 0 for none.
     """
 
     reply: ClassVar = StartPassResponse
@@ -184,23 +201,60 @@ class StartPass(Request):
     pass_id: int
     message_ids: Sequence[int] = ()
     retain_graph: bool = False
+    inputs_only: bool = False
+    accumulate_grad: bool = False
+    committed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPassResponse(Reply):
+    """The pass's gradients are the context's now."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPass(Request):
+    """Tell that a pass is complete everywhere, where no other message of the context says so.
+
+    Attributes:
+        context_id: the context.
+        committed: the pass.
+    """
+
+    reply: ClassVar = CommitPassResponse
+
+    context_id: int
+    committed: int
 
 
 @dataclass(frozen=True, slots=True)
 class AbortPassResponse(Reply):
-    """Nothing of the pass is left here."""
+    """Nothing of the pass is left here.
+
+    Attributes:
+        message_ids: forward messages whose gradients were awaited here and behind.
+        workers: the workers that they were awaited from, and those still busy.
+    """
+
+    message_ids: Sequence[int] = ()
+    workers: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AbortPass(Request):
-    """End a backward pass everywhere, with its first cause.
+    """End a backward pass everywhere, with its first cause, whose fields are `ErrorResponse`'s.
 
     Attributes:
         context_id: the context.
         pass_id: the pass.
-        code: what went wrong, as in `ErrorResponse`.
-        text: the first cause in words.
+        code: what went wrong.
+        text: in words.
         origin: the worker where it was seen.
+        type_name: the type of the exception raised there.
+        traceback: that worker's traceback, None where it keeps it to itself.
+        path: the workers that it crossed, the one that sends this last message first.
+        incarnation: of a lost worker.
+        message_ids: still awaited when time ran out.
+        workers: still awaited when time ran out.
     """
 
     reply: ClassVar = AbortPassResponse
@@ -210,6 +264,40 @@ class AbortPass(Request):
     code: str
     text: str
     origin: str
+    type_name: str = ""
+    traceback: str | None = None
+    path: Sequence[str] = ()
+    incarnation: str = ""
+    message_ids: Sequence[int] = ()
+    workers: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardResponse(Reply):
+    """The backward pass is complete everywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardRequest(Request):
+    """Ask a context's owner, along the way the context came, to run a backward pass.
+
+    Whoever asks first takes part in it with the roots that it keeps under `pass_id`.
+
+    Attributes:
+        context_id: the context.
+        pass_id: what the pass will be called.
+        retain_graph: as in `StartPass`.
+        inputs_only: as in `StartPass`.
+        accumulate_grad: as in `StartPass`.
+    """
+
+    reply: ClassVar = BackwardResponse
+
+    context_id: int
+    pass_id: int
+    retain_graph: bool = False
+    inputs_only: bool = False
+    accumulate_grad: bool = False
 
 
 # --- remote references ---------------------------------------------------------------------------
