@@ -14,6 +14,7 @@ See the README for the first steps, and ``docs/`` for the rest.
 """
 
 from zmq_autograd import wire
+from zmq_autograd.engine import Context
 from zmq_autograd.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -31,7 +32,7 @@ from zmq_autograd.launch.world import init
 from zmq_autograd.node import compute
 from zmq_autograd.remote import RemoteWorker
 from zmq_autograd.wire import Limits, messages
-from zmq_autograd.worker import Worker, connect, current_peer, current_worker
+from zmq_autograd.worker import Worker, connect, current_context, current_peer, current_worker
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,9 @@ __all__ = [
     "compute",
     "current_worker",
     "current_peer",
+    # differentiating
+    "Context",
+    "current_context",
     # the wire
     "wire",
     "messages",

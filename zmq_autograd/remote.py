@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, cast
 
+import torch
 from torch import Tensor
 
-from zmq_autograd.errors import ConfigurationError, SerializationError
-from zmq_autograd.node import current_modes
+from zmq_autograd.autograd.functions import cut_off
+from zmq_autograd.engine import Context, Contexts, Scope, current_scope
+from zmq_autograd.errors import ConfigurationError, ContextError, SerializationError
+from zmq_autograd.node import RESERVED_PREFIX, current_modes
 from zmq_autograd.session import Identity
 from zmq_autograd.wire.limits import short
 from zmq_autograd.wire.messages import (
@@ -76,10 +79,11 @@ class RemoteWorker:
         endpoint: the endpoint dialled, or the address it came from.
     """
 
-    def __init__(self, session: Requests) -> None:
-        """Hold the peer of `session`, which is open."""
+    def __init__(self, session: Requests, contexts: Contexts) -> None:
+        """Hold the peer of `session`, which is open; `contexts` are this side's."""
         identity = session.identity
         self._session = session
+        self._contexts = contexts
         self.name = identity.name if identity else ""
         self.incarnation = identity.incarnation if identity else ""
         self.endpoint = session.address
@@ -180,11 +184,66 @@ class RemoteWorker:
             )
         return await self._session.request(message, checked_timeout(timeout))
 
+    def context(self) -> Context:
+        """Return a new context of this side's worker; see `Worker.context`."""
+        return self._contexts.new()
+
     async def _call(
         self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
     ) -> Any:
+        scope = None if function.startswith(RESERVED_PREFIX) else current_scope.get()
+        if scope is None:
+            return await self._call_outside(function, args, kwargs, timeout)
+        return await self._call_inside(scope, function, args, kwargs, timeout)
+
+    async def _call_outside(
+        self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+    ) -> Any:
+        """Make a call that carries values alone."""
         message = ForwardRequest(function, args, kwargs, modes=current_modes())
+        is_cut = torch.is_grad_enabled() and any(
+            t.requires_grad for t in tensors_in([args, kwargs])
+        )
         reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
         for tensor in tensors_in(reply.result):
-            tensor.requires_grad_(False)  # outside a context a call carries values alone
+            tensor.requires_grad_(False)
+        if is_cut:
+            cut_off(tensors_in(reply.result), self)
+        return reply.result
+
+    async def _call_inside(
+        self,
+        scope: Scope,
+        function: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+    ) -> Any:
+        """Make a call that takes the context along, and puts its tensors on the graph."""
+        context = scope.context
+        if context.table is not self._contexts:
+            raise ContextError(
+                f"{context} is not of the worker that is connected to {self.name!r}: a context "
+                "belongs to one worker",
+                context_id=context.context_id,
+                worker=self.name,
+            )
+        message_id = scope.place.next_id()
+        context.sending(self, message_id, tensors_in([args, kwargs]))
+        message = ForwardRequest(
+            function,
+            args,
+            kwargs,
+            AutogradMetadata(context.context_id, message_id),
+            current_modes(),
+            committed=context.tell_committed(self),
+        )
+        try:
+            reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
+        except SerializationError:  # nothing has left
+            context.not_sent(message_id)
+            raise
+        if reply.metadata is not None:
+            context.received(self, reply.metadata.message_id, tensors_in(reply.result))
+        await context.learn_committed(reply.committed)
         return reply.result

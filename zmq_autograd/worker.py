@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast, overload
 
 from zmq_autograd import ids
+from zmq_autograd.engine import Context, current_scope
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node import Dispatcher, Expose, Handler, Node, Registry, current_call
 from zmq_autograd.node.signals import stopped_by_signals
+from zmq_autograd.node.status import status_of
 from zmq_autograd.remote import RemoteWorker, checked_timeout
 from zmq_autograd.session import HEARTBEAT_SECONDS, LOST_AFTER_SECONDS, Identity
 from zmq_autograd.transport import is_loopback
@@ -237,14 +239,15 @@ class Worker:
         if self._node is not None:
             raise ConfigurationError(f"worker {self.name!r} is running already")
         me = Identity(self.name, ids.new_incarnation(), self._limits, heartbeat=self._heartbeat)
-        self._node = Node(
+        node = Node(
             me,
             self,
             self._registry,
             self._dispatcher,
             lost_after=self._lost_after,
-            make_peer=RemoteWorker,
+            make_peer=lambda channel: RemoteWorker(channel, node.contexts),
         )
+        self._node = node
         try:
             await self._node.start(self._listen)
         except BaseException:
@@ -287,8 +290,7 @@ class Worker:
         Raises:
             ConfigurationError: the worker is not running.
         """
-        if self._node is None:
-            raise ConfigurationError(f"worker {self.name!r} is not running")
+        self._running_node()
         stop = asyncio.Event()
         self._stops.add(stop)
         try:
@@ -296,6 +298,33 @@ class Worker:
                 await stop.wait()
         finally:
             self._stops.discard(stop)
+
+    # --- differentiating -------------------------------------------------------------------------
+
+    def context(self) -> Context:
+        """Return a new distributed autograd context, to be entered by ``async with``.
+
+        Calls made in it are recorded on both sides; ``await ctx.backward(loss)`` differentiates
+        through them.  Leaving it drops it on every worker that it reached, within two seconds, and
+        never raises because of one of those.
+
+        Raises:
+            ConfigurationError: the worker is not running.
+        """
+        return self._running_node().contexts.new()
+
+    def status(self) -> dict[str, Any]:
+        """Return what the worker is doing: its sessions, contexts and passes, as plain values.
+
+        Raises:
+            ConfigurationError: the worker is not running.
+        """
+        return status_of(self._running_node())
+
+    def _running_node(self) -> Node:
+        if self._node is None:
+            raise ConfigurationError(f"worker {self.name!r} is not running")
+        return self._node
 
     # --- reaching others -------------------------------------------------------------------------
 
@@ -317,9 +346,7 @@ class Worker:
             ProtocolError: it speaks another protocol, or another version of it.
             ValueError: `timeout` is negative or not a number.
         """
-        if self._node is None:
-            raise ConfigurationError(f"worker {self.name!r} is not running")
-        channel = await self._node.connect(endpoint, checked_timeout(timeout))
+        channel = await self._running_node().connect(endpoint, checked_timeout(timeout))
         return cast(RemoteWorker, channel.peer)
 
 
@@ -339,6 +366,12 @@ async def connect(
     """
     async with Worker(name or f"client-{secrets.token_hex(4)}") as worker:
         yield await worker.connect(endpoint, timeout=timeout)
+
+
+def current_context() -> Context | None:
+    """Return the context that the running code is in, None outside of one."""
+    scope = current_scope.get()
+    return None if scope is None else scope.context
 
 
 def current_worker() -> Worker | None:

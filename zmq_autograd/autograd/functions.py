@@ -70,10 +70,10 @@ class SendFunction:
             if grad is not None and index in self.freed:
                 raise RuntimeError(FREED_TEXT)
 
-    def free(self, grads: Sequence[Tensor | None]) -> None:
-        """Let go of the graph that `grads` have flowed through."""
-        for index, grad in enumerate(grads):
-            if grad is not None:
+    def free(self, used: Sequence[bool]) -> None:
+        """Let go of the graph of those tensors that gradients have flowed through."""
+        for index, is_used in enumerate(used):
+            if is_used:
                 self.edges[index] = None
                 self.freed.add(index)
 
@@ -142,6 +142,15 @@ class RecvRpc(Function):
             "`await ctx.backward(...)`, which crosses workers",
             context_id=receive.context_id,
         )
+
+
+def cut_off(tensors: Iterable[Tensor], peer: Any) -> None:
+    """Have backward say what to do where it reaches `tensors`, received outside a context."""
+    distinct = list({id(tensor): tensor for tensor in tensors}.values())
+    for tensor in distinct:
+        tensor.requires_grad_(tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+    if any(tensor.requires_grad for tensor in distinct):
+        ReceiveFunction(0, peer, 0).attach(distinct)
 
 
 # What makes torch put the outputs on the graph at all; nothing ever flows into it.

@@ -66,12 +66,13 @@ def stages_of(
 
 def _reached(graph: Walk, roots: Sequence[Collection[Slot]]) -> list[int]:
     """Return for each node a bit for each root that reaches it."""
+    bits = {1 << bit: slots for bit, slots in enumerate(roots) if slots}
+    if len(bits) == 1:
+        return [*bits] * len(graph.nodes)
     reached = [0] * len(graph.nodes)
-    for bit, slots in enumerate(roots):
+    for bit, slots in bits.items():
         for number, _ in slots:
-            reached[number] |= 1 << bit
-    if len(roots) == 1:
-        return [1] * len(graph.nodes)
+            reached[number] |= bit
     for number, nexts in enumerate(graph.nexts):
         mask = reached[number]
         for slot in nexts:

@@ -77,6 +77,9 @@ class Channel:
         # Requests above the number that the peer lets run at once, in order, by request id.
         self._held: dict[int, list[Buffer]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        # Of whole messages, what the connection adds not counted.
+        self.bytes_sent = 0
+        self.bytes_received = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -88,6 +91,16 @@ class Channel:
     def is_open(self) -> bool:
         """Whether requests can be sent."""
         return self._session.state is State.OPEN
+
+    @property
+    def requests_sent(self) -> int:
+        """How many requests of this side are under way."""
+        return len(self._replies)
+
+    @property
+    def requests_received(self) -> int:
+        """How many requests of the peer's are being handled."""
+        return len(self._tasks)
 
     # --- opening and closing ---------------------------------------------------------------------
 
@@ -224,6 +237,7 @@ class Channel:
 
     def frames_received(self, link: Link, frames: list[memoryview]) -> None:
         """Take one message in."""
+        self.bytes_received += sum(frame.nbytes for frame in frames)
         try:
             envelope, message = open_envelope(frames, self._owner.me.limits, adopt=True)
         except ProtocolError as error:
@@ -312,6 +326,7 @@ class Channel:
         except LinkClosed as error:
             self.close(str(error))
         else:
+            self.bytes_sent += sum(memoryview(frame).nbytes for frame in frames)
             self._session.note_sent()
 
     # --- time ------------------------------------------------------------------------------------

@@ -49,21 +49,21 @@ class ComputePool:
         self._numbers = itertools.count()
         self._closed = False
 
-    async def run(self, function: Callable[[], T]) -> T:
+    async def run(self, function: Callable[[], T], modes: Modes | None = None) -> T:
         """Run `function` in a thread and return its result; see `start`.
 
         Cancelling it stops the waiting, not the thread.
         """
-        return await self.start(function)
+        return await self.start(function, modes)
 
-    def start(self, function: Callable[[], T]) -> asyncio.Future[T]:
+    def start(self, function: Callable[[], T], modes: Modes | None = None) -> asyncio.Future[T]:
         """Start `function` in a thread and return the future of its result.
 
-        It runs in a copy of the caller's context variables and under the modes of torch that hold
-        at the caller.
+        It runs in a copy of the caller's context variables.
 
         Args:
             function: takes no arguments.
+            modes: torch's modes for it; None for those that hold at the caller.
 
         Raises:
             ResourceExhausted: `MAX_THREADS` are busy.
@@ -71,12 +71,12 @@ class ComputePool:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         context = contextvars.copy_context()
-        modes = current_modes()
+        under = current_modes() if modes is None else modes
 
         def work() -> None:
             result, error = None, None
             try:
-                result = context.run(_run_under, modes, function)
+                result = context.run(_run_under, under, function)
             except BaseException as raised:  # noqa: BLE001  # the caller gets it, whatever it is
                 error = raised
             try:

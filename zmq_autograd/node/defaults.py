@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zmq_autograd.errors import ContextError
-from zmq_autograd.node.registry import Registry
+from zmq_autograd.engine import Contexts, Place, Scope, current_scope
+from zmq_autograd.node.registry import Entry, Registry
+from zmq_autograd.node.status import status_of
 from zmq_autograd.wire.messages import (
-    CleanupContextRequest,
-    CleanupContextResponse,
+    AutogradMetadata,
     ForwardRequest,
     ForwardResponse,
-    PropagateGradientsRequest,
     Reply,
     Status,
     StatusResponse,
@@ -19,6 +18,7 @@ from zmq_autograd.wire.messages import (
 from zmq_autograd.wire.values import tensors_in
 
 if TYPE_CHECKING:
+    from zmq_autograd.node.compute import ComputePool
     from zmq_autograd.node.dispatcher import Dispatcher
     from zmq_autograd.node.node import Node
 
@@ -28,29 +28,39 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
 
     async def forward(request: ForwardRequest, peer: Any) -> Reply:
         entry = registry.find(request.function, peer.name)
-        for tensor in tensors_in([request.args, request.kwargs]):
-            tensor.requires_grad_(False)  # outside a context a call carries values alone
-        result = await entry.call(request.args, dict(request.kwargs), node.pool)
-        return ForwardResponse(result)
-
-    async def propagate_gradients(request: PropagateGradientsRequest, peer: Any) -> Reply:
-        context_id = request.metadata.context_id
-        raise ContextError(
-            f"worker {node.me.name!r} has no autograd context {context_id}",
-            context_id=context_id,
-            worker=node.me.name,
-        )
-
-    async def cleanup_context(request: CleanupContextRequest, peer: Any) -> Reply:
-        return CleanupContextResponse()  # idempotent: a context that is not here is cleaned up
+        if request.metadata is None:
+            return await _outside(request, entry, node.pool)
+        return await _inside(request, request.metadata, peer, entry, node)
 
     async def status(request: Status, peer: Any) -> Reply:
-        peers = [channel.peer.name for channel in node.channels]
-        return StatusResponse(
-            {"name": node.me.name, "incarnation": node.me.incarnation, "peers": peers}
-        )
+        return StatusResponse(status_of(node))
 
     dispatcher.add_default(ForwardRequest, forward)
-    dispatcher.add_default(PropagateGradientsRequest, propagate_gradients)
-    dispatcher.add_default(CleanupContextRequest, cleanup_context)
     dispatcher.add_default(Status, status)
+    for kind, handler in node.contexts.handlers.items():
+        dispatcher.add_default(kind, handler)
+
+
+async def _outside(request: ForwardRequest, entry: Entry, pool: ComputePool) -> Reply:
+    """Serve a call made outside a context: it carries values alone."""
+    for tensor in tensors_in([request.args, request.kwargs]):
+        tensor.requires_grad_(False)
+    return ForwardResponse(await entry.call(request.args, dict(request.kwargs), pool))
+
+
+async def _inside(
+    request: ForwardRequest, metadata: AutogradMetadata, peer: Any, entry: Entry, node: Node
+) -> Reply:
+    """Serve a call made in a context, which from then on is on this worker too."""
+    contexts: Contexts = node.contexts
+    context = contexts.join(metadata.context_id, peer)
+    context.received(peer, metadata.message_id, tensors_in([request.args, request.kwargs]))
+    await context.learn_committed(request.committed)
+    place = Place(context.context_id, metadata.message_id)
+    current_scope.set(Scope(context, place))
+    result = await entry.call(request.args, dict(request.kwargs), node.pool)
+    reply = AutogradMetadata(context.context_id, place.reply_id)
+    is_on_graph = context.sending(peer, reply.message_id, tensors_in(result))
+    return ForwardResponse(
+        result, reply if is_on_graph else None, committed=context.tell_committed(peer)
+    )

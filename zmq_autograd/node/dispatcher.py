@@ -54,7 +54,7 @@ class Dispatcher:
             send_tracebacks: tell peers where in this worker's code a handler raised.
         """
         self.worker = worker
-        self._send_tracebacks = send_tracebacks
+        self.send_tracebacks = send_tracebacks
         self._defaults: dict[type[Request], Handler] = {}
         self._handlers: dict[type[Request], Handler] = {}
 
@@ -117,7 +117,7 @@ class Dispatcher:
             if _is_meant_for_us(error):
                 raise
             logger.debug("handler of %s raised", type(message).__name__, exc_info=True)
-            return error_response(error, self.worker, send_traceback=self._send_tracebacks)
+            return error_response(error, self.worker, send_traceback=self.send_tracebacks)
         return reply
 
     async def _handled(self, message: Request, peer: Any) -> Reply:

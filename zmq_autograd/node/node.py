@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Final, TypeVar
 
+from zmq_autograd.engine import Contexts
 from zmq_autograd.errors import ConfigurationError, DeadlineExceeded, WorkerLost
 from zmq_autograd.node import defaults
 from zmq_autograd.node.channel import Channel
@@ -20,6 +21,9 @@ from zmq_autograd.node.dispatcher import Dispatcher
 from zmq_autograd.node.registry import Registry
 from zmq_autograd.session import HandleRequest, Identity, error_response
 from zmq_autograd.transport import Link, Listener, Transports
+from zmq_autograd.wire.messages import Modes
+
+T = TypeVar("T")
 
 logger = logging.getLogger("zmq_autograd")
 
@@ -55,6 +59,7 @@ class Node:
         self.me = me
         self.lost_after = lost_after
         self.pool = ComputePool(me.name)
+        self.contexts = Contexts(self)
         self._worker = worker
         self._dispatcher = dispatcher
         self._make_peer = make_peer
@@ -66,11 +71,22 @@ class Node:
         self._dialled: dict[str, Channel] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
         self._handling: set[asyncio.Task[None]] = set()
+        self._spawned: set[asyncio.Task[Any]] = set()
         self._context = contextvars.copy_context()
         self._leaving = False
         self._closing = 0  # calls of `close` under way
         self.is_closed = False
         defaults.add_to(dispatcher, registry, self)
+
+    @property
+    def name(self) -> str:
+        """What the worker is called."""
+        return self.me.name
+
+    @property
+    def tracebacks(self) -> bool:
+        """Whether peers are told where in this worker's code something raised."""
+        return self._dispatcher.send_tracebacks
 
     @property
     def endpoints(self) -> list[str]:
@@ -143,11 +159,13 @@ class Node:
 
     async def _close(self, drain: float) -> None:
         await self._drain(drain)
+        self.contexts.close()
         for channel in list(self._channels):
             channel.close(WorkerLost(self.me.name, self.me.incarnation, "it left"))
         for listener in self._listeners:
             listener.close()
         await self._transport.close()
+        await self._end_spawned()
         busy = self.pool.close()
         if busy:
             await self._join(busy)
@@ -184,6 +202,8 @@ class Node:
         self._channels.discard(channel)
         if self._dialled.get(channel.address) is channel:
             del self._dialled[channel.address]
+        if channel.peer is not None:
+            self.contexts.peer_lost(channel.peer)
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -203,6 +223,24 @@ class Node:
         leaving = WorkerLost(self.me.name, self.me.incarnation, "it is leaving")
         channel.reply(request.request_id, error_response(leaving, self.me.name))
 
+    # --- for the engine --------------------------------------------------------------------------
+
+    async def compute(self, function: Callable[[], T]) -> T:
+        """Run `function` in a compute thread, under torch's default modes."""
+        return await self.pool.run(function, Modes())
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a coroutine in a task of its own, in none of the calls being served."""
+        task = asyncio.create_task(coroutine, context=self._context.copy())
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned_ended)
+        return task
+
+    def _spawned_ended(self, task: asyncio.Task[Any]) -> None:
+        self._spawned.discard(task)
+        if not task.cancelled():
+            task.exception()  # heard: whoever needs it awaits the task
+
     # --- leaving ---------------------------------------------------------------------------------
 
     async def _drain(self, seconds: float) -> None:
@@ -220,6 +258,13 @@ class Node:
                 logger.warning(
                     "worker %r: a handler ignores its cancellation: %s", self.me.name, task
                 )
+
+    async def _end_spawned(self) -> None:
+        """Have the engine's tasks end: with the channels closed, nothing holds them up."""
+        for task in self._spawned:
+            task.cancel()
+        if self._spawned:
+            await asyncio.wait(self._spawned, timeout=CANCEL_SECONDS)
 
     async def _join(self, threads: Iterable[Any]) -> None:
         """Wait a moment for idle compute threads to end, so that none outlives its worker."""

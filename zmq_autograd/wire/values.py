@@ -70,15 +70,13 @@ def unpack_value(packed: object, tensors: TensorReader, depth: int = 0) -> Any:
     return unpack(body, tensors, depth)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in `value`, which can travel."""
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Yield every tensor in `value`, in the order of their frames, as deep as values can travel."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple, dict)) and depth <= MAX_NESTING:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item, depth + 1)
 
 
 def _pack_container(value: Any, tensors: TensorWriter, depth: int) -> Any:

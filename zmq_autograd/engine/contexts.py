@@ -1,0 +1,241 @@
+"""The contexts of one worker, and what it does with the messages about them.
+
+Owns which contexts there are and which there were: a message that comes late makes nothing anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final
+
+from zmq_autograd import ids
+from zmq_autograd.engine.context import Context
+from zmq_autograd.engine.distributed_pass import Settings
+from zmq_autograd.engine.host import Host, Peer
+from zmq_autograd.errors import ContextError
+from zmq_autograd.session import exception_from
+from zmq_autograd.wire.messages import (
+    AbortPass,
+    AbortPassResponse,
+    BackwardRequest,
+    BackwardResponse,
+    CleanupContextRequest,
+    CleanupContextResponse,
+    CommitPass,
+    CommitPassResponse,
+    ErrorResponse,
+    PropagateGradientsRequest,
+    PropagateGradientsResponse,
+    Reply,
+    Request,
+    StartPass,
+    StartPassResponse,
+)
+
+CLEANUP_SECONDS: Final = 2.0
+"""Seconds that leaving a context waits for the other workers."""
+
+REMEMBERED_SECONDS: Final = 60.0
+"""Seconds for which an ended context is remembered: as long as a call takes by default."""
+
+REMEMBERED: Final = 65_536
+"""Ended contexts that are remembered at most; some 8 MiB."""
+
+
+class Contexts:
+    """See the module."""
+
+    def __init__(self, host: Host) -> None:
+        """Make an empty table for the worker `host`."""
+        self._host = host
+        self._contexts: dict[int, Context] = {}
+        self._ended: OrderedDict[int, float] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Context]:
+        return iter(list(self._contexts.values()))
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+    # --- making and finding ----------------------------------------------------------------------
+
+    def new(self) -> Context:
+        """Return a context that this worker owns; it is there once it is entered."""
+        return Context(ids.random_id(), self._host, self, None)
+
+    def add(self, context: Context) -> None:
+        """Have a new context from now on."""
+        self._contexts[context.context_id] = context
+
+    def join(self, context_id: int, peer: Peer) -> Context:
+        """Return the context that a call of `peer`'s came in, made if it is new here.
+
+        Raises:
+            ContextError: it has ended.
+        """
+        context = self._contexts.get(context_id)
+        if context is None:
+            if context_id in self._ended:
+                raise self._unknown(context_id)
+            context = self._contexts[context_id] = Context(context_id, self._host, self, peer)
+        context.peers.setdefault(peer)
+        return context
+
+    def find(self, context_id: int) -> Context:
+        """Return a context.
+
+        Raises:
+            ContextError: there is none of that id, or no longer.
+        """
+        context = self._contexts.get(context_id)
+        if context is None:
+            raise self._unknown(context_id)
+        return context
+
+    def _unknown(self, context_id: int) -> ContextError:
+        return ContextError(
+            f"worker {self._host.name!r} has no autograd context {context_id}",
+            context_id=context_id,
+            worker=self._host.name,
+        )
+
+    # --- messages --------------------------------------------------------------------------------
+
+    @property
+    def handlers(self) -> dict[type[Request], Callable[[Any, Any], Awaitable[Reply]]]:
+        """What handles each type of message about contexts."""
+        return {
+            StartPass: self.start_pass,
+            PropagateGradientsRequest: self.propagate_gradients,
+            AbortPass: self.abort_pass,
+            CommitPass: self.commit_pass,
+            BackwardRequest: self.backward,
+            CleanupContextRequest: self.cleanup_context,
+        }
+
+    async def start_pass(self, request: StartPass, peer: Peer) -> StartPassResponse:
+        """Take part in a pass, and return when this part of it is complete."""
+        context = self._contexts.get(request.context_id)
+        if context is None and request.context_id not in self._ended:
+            return StartPassResponse()  # the call went to a handler that took no part in it
+        context = self.find(request.context_id)
+        await context.learn_committed(request.committed)
+        if context.is_over(request.pass_id):
+            return StartPassResponse(is_complete=False)
+        running = context.find_pass(request.pass_id)
+        if running is not None:
+            running.announced(peer, request.message_ids)
+            return StartPassResponse(is_complete=False)
+        settings = Settings(
+            request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
+        )
+        running = context.start(settings)
+        running.announced(peer, request.message_ids)
+        await running.completion()
+        return StartPassResponse()
+
+    async def propagate_gradients(
+        self, request: PropagateGradientsRequest, peer: Peer
+    ) -> PropagateGradientsResponse:
+        """Take gradients over; those of a pass that has ended are dropped."""
+        context = self.find(request.metadata.context_id)
+        await context.learn_committed(0)  # a pass that was told first may wait for the last one
+        context.propagated(request, peer)
+        return PropagateGradientsResponse()
+
+    async def abort_pass(self, request: AbortPass, peer: Peer) -> AbortPassResponse:
+        """End a pass here and behind."""
+        context = self._contexts.get(request.context_id)
+        if context is None:
+            return AbortPassResponse()
+        running = context.find_pass(request.pass_id)
+        if running is None:
+            context.never_start(request.pass_id)
+            return AbortPassResponse()
+        error = ErrorResponse(
+            request.code,
+            request.text,
+            request.origin,
+            request.type_name,
+            request.traceback,
+            request.path,
+            request.incarnation,
+            request.context_id,
+            request.message_ids,
+            request.workers,
+        )
+        awaited = await running.abort(exception_from(error, peer.name), peer)
+        return AbortPassResponse(sorted(awaited.message_ids), sorted(awaited.workers))
+
+    async def commit_pass(self, request: CommitPass, peer: Peer) -> CommitPassResponse:
+        """Take in that a pass is complete everywhere."""
+        context = self._contexts.get(request.context_id)
+        if context is not None:
+            await context.learn_committed(request.committed)
+        return CommitPassResponse()
+
+    async def backward(self, request: BackwardRequest, peer: Peer) -> BackwardResponse:
+        """Run a pass for `peer`, or pass the request on towards the context's owner."""
+        settings = Settings(
+            request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
+        )
+        await self.find(request.context_id).run_pass(settings)
+        return BackwardResponse()
+
+    async def cleanup_context(
+        self, request: CleanupContextRequest, peer: Peer
+    ) -> CleanupContextResponse:
+        """Drop a context, here and behind."""
+        context = self._contexts.get(request.context_id)
+        if context is None:
+            self._remember(request.context_id)  # or a call on its way would make it
+        else:
+            await context.learn_committed(request.committed)
+            await self.clean_up(context, source=peer)
+        return CleanupContextResponse()
+
+    # --- ending ----------------------------------------------------------------------------------
+
+    async def clean_up(self, context: Context, source: Peer | None = None) -> None:
+        """End `context` here and on every worker behind; never raises because of one of those.
+
+        Args:
+            context: one of this table.
+            source: who asked for it, and so needs not be told.
+        """
+        self._forget(context)
+        seconds = CLEANUP_SECONDS if source is None else CLEANUP_SECONDS / 2
+        others = [peer for peer in context.peers if peer is not source and peer.is_connected]
+        request = CleanupContextRequest(context.context_id, context.committed)
+        await asyncio.gather(
+            *(peer.request(request, timeout=seconds) for peer in others), return_exceptions=True
+        )
+
+    def peer_lost(self, peer: Peer) -> None:
+        """Drop the contexts whose way to their owner led over `peer`."""
+        for context in self:
+            context.peer_lost(peer)
+            if context.parent is peer:
+                self._host.spawn(self.clean_up(context, source=peer))
+
+    def close(self) -> None:
+        """End all contexts; the other workers learn it when this one has gone."""
+        for context in self:
+            self._forget(context)
+
+    def _forget(self, context: Context) -> None:
+        self._contexts.pop(context.context_id, None)
+        self._remember(context.context_id)
+        context.end()
+
+    def _remember(self, context_id: int) -> None:
+        now = time.monotonic()
+        self._ended[context_id] = now
+        while self._ended:
+            oldest = next(iter(self._ended.values()))
+            if len(self._ended) <= REMEMBERED and now - oldest <= REMEMBERED_SECONDS:
+                break
+            self._ended.popitem(last=False)

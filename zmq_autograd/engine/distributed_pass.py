@@ -1,0 +1,330 @@
+"""One worker's part in one backward pass: who is told, what is awaited, when it is complete.
+
+Owns the order of messages: `StartPass` to everybody first, then gradients as they become complete.
+What is computed is `zmq_autograd.autograd.LocalPass`'s; what becomes of its gradients is the
+context's.  Everything here runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from zmq_autograd.autograd.functions import ReceiveFunction
+from zmq_autograd.autograd.local_pass import Emission, LocalPass, Root, Wanted
+from zmq_autograd.engine.host import Host, Peer
+from zmq_autograd.errors import ContextError, ProtocolError, WorkerLost
+from zmq_autograd.session import error_response
+from zmq_autograd.wire.messages import (
+    AbortPass,
+    AbortPassResponse,
+    AutogradMetadata,
+    PropagateGradientsRequest,
+    StartPass,
+    StartPassResponse,
+)
+
+if TYPE_CHECKING:
+    from zmq_autograd.engine.context import Context
+
+T = TypeVar("T")
+
+ABORT_SECONDS: Final = 1.0
+"""Seconds that who aborts a pass waits for others to say that they have heard of it, and twice as
+long as they wait for those behind them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What everybody in a pass is told.
+
+    Attributes:
+        pass_id: the pass.
+        retain_graph: keep the graph for another pass.
+        inputs_only: accumulate no gradients but those of the initiator's inputs.
+        accumulate_grad: add them to ``.grad`` too.
+    """
+
+    pass_id: int
+    retain_graph: bool = False
+    inputs_only: bool = False
+    accumulate_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Losses:
+    """What a pass starts from, on the worker that called `backward`.
+
+    Attributes:
+        edges: where in the graph the losses are.
+        grads: the gradient that each is given.
+        inputs: the tensors whose gradients are wanted, None for all leaves.
+    """
+
+    edges: Sequence[GradientEdge] = ()
+    grads: Sequence[Tensor] = ()
+    inputs: Sequence[Tensor] | None = None
+
+
+@dataclass(slots=True)
+class Awaited:
+    """What a pass waits for.
+
+    Attributes:
+        message_ids: forward messages whose gradients have not come.
+        workers: the workers that they should come from, and those whose part is not complete.
+    """
+
+    message_ids: set[int] = field(default_factory=set)
+    workers: set[str] = field(default_factory=set)
+
+
+class Pass:
+    """See the module."""
+
+    def __init__(self, context: Context, host: Host, settings: Settings, losses: Losses) -> None:
+        """Fix what takes part: all that was recorded until now."""
+        self.settings = settings
+        self.cause: BaseException | None = None
+        self._context = context
+        self._host = host
+        self._losses = losses
+        self._peers = [peer for peer in context.peers if peer.is_connected]
+        self._sends = context.record.roots()
+        self._numbers = {send.message_id: n for n, send in enumerate(self._sends, start=1)}
+        # Messages of ours whose gradients have not come and may still.
+        self._awaited = dict(self._numbers)
+        # Roots with their gradients, None for undefined, that the local pass has not been given.
+        self._resolved: list[tuple[int, Sequence[Tensor | None] | None]] = []
+        self._changed = asyncio.Event()
+        # By peer, the messages of ours that it will propagate gradients for.
+        self._coming: dict[Peer, frozenset[int]] = {}
+        self._incomplete = set(self._peers)
+        self._is_computing = False
+        self._gradients: dict[Tensor, Tensor] = {}
+        # By message of ours, which of its tensors got a gradient.
+        self._used: dict[int, list[bool]] = {}
+        self._aborting: asyncio.Task[Awaited] | None = None
+        self._task = host.spawn(self._run())
+
+    @property
+    def pass_id(self) -> int:
+        """The pass's id."""
+        return self.settings.pass_id
+
+    async def completion(self) -> None:
+        """Wait until this worker's part, and those of all whom it told first, are complete.
+
+        Raises:
+            BaseException: the first cause, if the pass is aborted.
+
+        Cancelling it aborts the pass.
+        """
+        try:
+            await asyncio.shield(self._task)
+        except asyncio.CancelledError as cancelled:
+            if self.cause is None:
+                self.abort(ContextError("the backward pass was given up by who asked for it"))
+                raise
+            raise self.cause from cancelled
+
+    def awaited(self) -> Awaited:
+        """Return what it waits for now."""
+        workers = {peer.name for peer in self._incomplete}
+        if self._is_computing:
+            workers.add(self._host.name)
+        sends = [self._sends[number - 1] for number in self._awaited.values()]
+        workers |= {send.peer.name for send in sends}
+        return Awaited({send.message_id for send in sends}, workers)
+
+    def take_gradients(self) -> dict[Tensor, Tensor]:
+        """Return what it found, once it is complete everywhere; free what it ran through."""
+        if not self.settings.retain_graph:
+            for send in self._sends:
+                send.free(self._used.get(send.message_id, ()))
+        gradients, self._gradients = self._gradients, {}
+        return gradients
+
+    # --- what others tell ------------------------------------------------------------------------
+
+    def announced(self, peer: Peer, message_ids: Iterable[int]) -> None:
+        """Take in that `peer` takes part, and which gradients it will propagate to this worker."""
+        coming = self._coming[peer] = frozenset(message_ids)
+        self._undefine(peer, coming)
+
+    def propagated(self, peer: Peer, message_id: int, grads: Sequence[Tensor | None]) -> None:
+        """Take in the gradients for a message of ours; what is not awaited is dropped.
+
+        Raises:
+            ProtocolError: they cannot be those of that message.
+            RuntimeError: the graph that they belong to was freed.
+        """
+        send = self._context.record.sends.get(message_id)
+        if send is None:
+            return
+        if send.peer is not peer:
+            raise ProtocolError(f"message {message_id} was not sent to worker {peer.name!r}")
+        send.check(grads)
+        number = self._awaited.pop(message_id, None)
+        if number is not None:
+            self._used[message_id] = [grad is not None for grad in grads]
+            self._resolve(number, grads)
+
+    def _undefine(self, peer: Peer, coming: frozenset[int] = frozenset()) -> None:
+        """Take in that `peer` propagates nothing for messages of ours but those in `coming`."""
+        for message_id, number in list(self._awaited.items()):
+            if self._sends[number - 1].peer is peer and message_id not in coming:
+                del self._awaited[message_id]
+                self._resolve(number, None)
+
+    def _resolve(self, root: int, grads: Sequence[Tensor | None] | None) -> None:
+        self._resolved.append((root, grads))
+        self._changed.set()
+
+    # --- running ---------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._run_part(group)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, all must hear of it
+            self.abort(_first_of(error))
+            raise self.cause or error from None
+        self._context.pass_completed(self)
+
+    async def _run_part(self, group: asyncio.TaskGroup) -> None:
+        local = await self._compute(self._planned)
+        reached: dict[Peer, list[int]] = {peer: [] for peer in self._peers}
+        for receive in local.receives:
+            reached.setdefault(receive.peer, []).append(receive.message_id)
+        for peer in self._peers:
+            group.create_task(self._tell(peer, reached[peer]))
+        self._resolve(0, self._losses.grads)
+        for send in self._sends:
+            if send.peer not in self._incomplete:
+                self._undefine(send.peer)
+        while not local.is_complete:
+            await self._changed.wait()
+            self._changed.clear()
+            resolved, self._resolved = self._resolved, []
+            for receive, grads in await self._compute(partial(_advance, local, resolved)):
+                group.create_task(self._propagate(receive, grads))
+        self._gradients = await self._compute(local.take_gradients)
+
+    def _planned(self) -> LocalPass:
+        inputs = self._losses.inputs
+        leaves = not self.settings.inputs_only
+        wanted = Wanted(leaves=leaves, inputs=inputs or ())
+        roots = [Root(self._losses.edges), *(Root(send.edges) for send in self._sends)]
+        return LocalPass(
+            self._context.context_id, roots, wanted, retain_graph=self.settings.retain_graph
+        )
+
+    async def _compute(self, function: Callable[[], T]) -> T:
+        self._is_computing = True
+        try:
+            return await self._host.compute(function)
+        finally:
+            self._is_computing = False
+
+    async def _tell(self, peer: Peer, message_ids: Sequence[int]) -> None:
+        settings = self.settings
+        reply = await peer.request(
+            StartPass(
+                self._context.context_id,
+                settings.pass_id,
+                message_ids,
+                settings.retain_graph,
+                settings.inputs_only,
+                settings.accumulate_grad,
+                self._context.committed,
+            ),
+            timeout=None,
+        )
+        self._incomplete.discard(peer)
+        if isinstance(reply, StartPassResponse) and reply.is_complete:
+            self._undefine(peer)
+
+    async def _propagate(self, receive: ReceiveFunction, grads: list[Tensor | None]) -> None:
+        peer: Peer = receive.peer
+        if not peer.is_connected:
+            if any(grad is not None for grad in grads):
+                raise WorkerLost(
+                    peer.name, peer.incarnation, "a gradient would have to be propagated to it"
+                )
+            return
+        metadata = AutogradMetadata(self._context.context_id, receive.message_id)
+        request = PropagateGradientsRequest(
+            metadata, grads, self.settings.retain_graph, self.settings.pass_id
+        )
+        await peer.request(request, timeout=None)
+
+    # --- ending it -------------------------------------------------------------------------------
+
+    def abort(self, cause: BaseException, source: Peer | None = None) -> asyncio.Task[Awaited]:
+        """End it here and everywhere, and return the task that tells the others; idempotent.
+
+        Args:
+            cause: the first one.
+            source: who told.
+        """
+        if self._aborting is None:
+            self.cause = cause
+            awaited = self.awaited()
+            self._aborting = self._host.spawn(self._tell_aborted(cause, awaited, source))
+            self._context.pass_aborted(self)
+            self._gradients.clear()
+            if self._task is not asyncio.current_task():
+                self._task.cancel()
+        return self._aborting
+
+    async def _tell_aborted(
+        self, cause: BaseException, awaited: Awaited, source: Peer | None
+    ) -> Awaited:
+        """Tell everybody but `source`; return what was awaited here and, as far as told, behind."""
+        error = error_response(cause, self._host.name, send_traceback=self._host.tracebacks)
+        message = AbortPass(
+            self._context.context_id,
+            self.pass_id,
+            error.code,
+            error.text,
+            error.origin,
+            error.type_name,
+            error.traceback,
+            error.path,
+            error.incarnation,
+            error.message_ids,
+            error.workers,
+        )
+        seconds = ABORT_SECONDS if source is None else ABORT_SECONDS / 2
+        others = [peer for peer in self._peers if peer is not source and peer.is_connected]
+        replies = await asyncio.gather(
+            *(peer.request(message, timeout=seconds) for peer in others),
+            return_exceptions=True,
+        )
+        for reply in replies:
+            if isinstance(reply, AbortPassResponse):
+                awaited.message_ids.update(reply.message_ids)
+                awaited.workers.update(reply.workers)
+        return awaited
+
+
+def _advance(
+    local: LocalPass, resolved: Iterable[tuple[int, Sequence[Tensor | None] | None]]
+) -> list[Emission]:
+    for root, grads in resolved:
+        local.resolve(root, grads)
+    return local.run()
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Return the first error of a task group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

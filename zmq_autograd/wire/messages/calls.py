@@ -1,0 +1,67 @@
+"""Calls of registered functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from zmq_autograd.wire.messages.base import Reply, Request
+from zmq_autograd.wire.messages.passes import AutogradMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """The modes of torch under which a call was made, and so runs.
+
+    Attributes:
+        grad_enabled: as ``torch.is_grad_enabled()``.
+        inference_mode: as ``torch.is_inference_mode_enabled()``.
+        autocast: pairs of device type and dtype name for which autocast was on.
+    """
+
+    grad_enabled: bool = True
+    inference_mode: bool = False
+    autocast: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardResponse(Reply):
+    """The result of a call (torch: ``RpcWithAutograd`` response).
+
+    Attributes:
+        result: what the function returned.
+        metadata: the message that carried it back, where it is on the autograd graph.
+        profiler_events: what the profiler saw, where the request asked for it.
+        committed: the context's last pass that the sender knows to be complete, 0 for none.
+    """
+
+    result: Any = None
+    metadata: AutogradMetadata | None = None
+    profiler_events: Any = None
+    committed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardRequest(Request):
+    """A call of a registered function (torch: ``RpcWithAutograd`` request).
+
+    Attributes:
+        function: the registered name, with ``.method`` for a method of a registered object.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        metadata: the context and message, None outside a context.
+        modes: the caller's modes of torch.
+        profiler: configuration of the caller's profiler, None where none runs.
+        committed: the context's last pass that the sender knows to be complete, 0 for none.
+    """
+
+    reply: ClassVar = ForwardResponse
+
+    function: str
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    metadata: AutogradMetadata | None = None
+    modes: Modes = Modes()
+    profiler: Any = None
+    committed: int = 0
