@@ -122,6 +122,7 @@ def call(function: str, *args: Any, **fields: Any) -> dict[str, Any]:
         "message_id": 0,
         "modes": [True, False, []],
         "profiler": None,
+        "committed": 0,
     } | fields
 
 

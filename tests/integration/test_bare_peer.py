@@ -25,7 +25,13 @@ from zmq_autograd.wire.messages import (
 
 pytestmark = pytest.mark.timeout(30)
 
-NO_RESULT = {"result": None, "context_id": 0, "message_id": 0, "profiler_events": None}
+NO_RESULT = {
+    "result": None,
+    "context_id": 0,
+    "message_id": 0,
+    "profiler_events": None,
+    "committed": 0,
+}
 
 ERROR_FIELDS = {
     "type": bare.ERROR_RESPONSE,

@@ -193,10 +193,22 @@ async def test_outside_a_context_a_call_carries_values_alone(pair: Pair) -> None
     def work(x: Tensor) -> tuple[bool, Tensor]:
         return x.requires_grad, torch.ones(2, requires_grad=True) * 2
 
-    parameter = torch.nn.Parameter(torch.ones(2))
-    required_grad, result = await pair.remote_bob.call("work", parameter)
+    required_grad, result = await pair.remote_bob.call("work", torch.ones(2))
     assert not required_grad
     assert not result.requires_grad
+
+
+async def test_outside_a_context_the_graph_is_not_cut_silently(pair: Pair) -> None:
+    pair.bob.register(lambda x: (x.requires_grad, 2 * x, len(x)), "work")
+    parameter = torch.nn.Parameter(torch.ones(2))
+    required_grad, result, length = await pair.remote_bob.call("work", parameter)
+    assert (required_grad, result.tolist(), length) == (False, [2, 2], 2)
+    with pytest.raises(za.ContextError, match="make the call inside"):
+        (result.sum() + parameter.sum()).backward()
+    for argument in (parameter.detach(), parameter):
+        with torch.set_grad_enabled(argument is not parameter):
+            _, result, _ = await pair.remote_bob.call("work", argument)
+        assert not result.requires_grad
 
 
 # --- when what is sent is read -------------------------------------------------------------------

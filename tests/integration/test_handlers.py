@@ -15,8 +15,12 @@ from zmq_autograd.wire.messages import (
     AbortPass,
     AbortPassResponse,
     AutogradMetadata,
+    BackwardRequest,
+    BackwardResponse,
     CleanupContextRequest,
     CleanupContextResponse,
+    CommitPass,
+    CommitPassResponse,
     ErrorResponse,
     ForwardRequest,
     ForwardResponse,
@@ -55,7 +59,9 @@ EXCHANGES: list[tuple[Request, Reply]] = [
     (ForwardRequest("anything", (1,), {"a": 2}), ForwardResponse({"result": 3})),
     (CleanupContextRequest(MAX_ID), CleanupContextResponse()),
     (StartPass(1, 2, (3, 4), retain_graph=True), StartPassResponse()),
-    (AbortPass(1, 2, "remote_error", "because", "carol"), AbortPassResponse()),
+    (AbortPass(1, 2, "remote_error", "because", "carol"), AbortPassResponse((3,), ("dave",))),
+    (CommitPass(1, 2), CommitPassResponse()),
+    (BackwardRequest(1, 2, retain_graph=True), BackwardResponse()),
     (RRefBackwardRequest(1, 2, retain_graph=True), RRefBackwardResponse()),
     (RRefFetchRequest(1), RRefFetchResponse([1, 2])),
     (RRefForkRequest(1, 2), RRefForkResponse()),
@@ -64,7 +70,13 @@ EXCHANGES: list[tuple[Request, Reply]] = [
     (Status(), StatusResponse({"busy": True})),
 ]
 
-WITH_DEFAULTS = (ForwardRequest, PropagateGradientsRequest, CleanupContextRequest, Status)
+WITHOUT_DEFAULTS = (
+    RRefBackwardRequest,
+    RRefFetchRequest,
+    RRefForkRequest,
+    RRefAcceptRequest,
+    RRefDeleteRequest,
+)
 
 
 def facts(value: Any) -> Any:
@@ -101,11 +113,13 @@ async def test_a_handler_takes_over_its_type_of_message(
     assert (peer.name, peer.incarnation) == ("alice", pair.alice.incarnation)
 
 
-@pytest.mark.parametrize("request_", [r for r, _ in EXCHANGES], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "request_",
+    [request for request, _ in EXCHANGES if isinstance(request, WITHOUT_DEFAULTS)],
+    ids=lambda request: type(request).__name__,
+)
 async def test_what_has_no_default_is_unsupported(request_: Request) -> None:
     async with connected() as pair:
-        if isinstance(request_, WITH_DEFAULTS):
-            return
         with pytest.raises(za.RemoteError) as raised:
             await pair.remote_bob.request(request_)
         assert raised.value.type_name == "NotImplementedError"
@@ -123,7 +137,7 @@ async def test_defaults(pair: Pair) -> None:
     status = await pair.remote_bob.request(Status())
     assert isinstance(status, StatusResponse)
     expected = {"name": "bob", "incarnation": pair.bob.incarnation, "peers": ["alice"]}
-    assert status.status == expected
+    assert expected.items() <= status.status.items()
 
 
 async def test_gradients_arrive_defined_or_not(pair: Pair) -> None:
@@ -192,12 +206,12 @@ async def test_default_handler_passes_on(pair: Pair) -> None:
 
 
 async def test_default_handler_of_what_has_none(pair: Pair) -> None:
-    @pair.bob.handler(StartPass)
-    async def handle(request: StartPass, peer: za.RemoteWorker) -> Reply:
+    @pair.bob.handler(RRefFetchRequest)
+    async def handle(request: RRefFetchRequest, peer: za.RemoteWorker) -> Reply:
         return await pair.bob.default_handler(request, peer)
 
-    with pytest.raises(za.RemoteError, match="StartPass has no default handler"):
-        await pair.remote_bob.request(StartPass(1, 1))
+    with pytest.raises(za.RemoteError, match="RRefFetchRequest has no default handler"):
+        await pair.remote_bob.request(RRefFetchRequest(1))
 
 
 async def test_a_handler_may_answer_with_an_error(pair: Pair) -> None:

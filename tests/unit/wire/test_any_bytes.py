@@ -174,22 +174,26 @@ def good_messages() -> list[list[bytes]]:
     incarnation = "0123456789abcdef" * 2
     metadata = m.AutogradMetadata(2**63, 300)
     rich: list[m.Message] = [
-        m.ForwardRequest("f", (value, "x" * 40, *tensors), {"k": value}, metadata),
-        m.ForwardResponse(value, metadata),
+        m.ForwardRequest("f", (value, "x" * 40, *tensors), {"k": value}, metadata, committed=2**63),
+        m.ForwardResponse(value, metadata, committed=300),
         m.PropagateGradientsRequest(metadata, [tensors[0], None, tensors[2], tensors[3]], True, 9),
         m.RRefFetchResponse(value),
         m.StatusResponse(value),
         m.Hello("alice", incarnation, features=("a", "b")),
         m.Welcome("bob", incarnation),
         m.ErrorResponse("worker_lost", "text", "bob", path=("a", "b"), message_ids=(1, 2**64 - 1)),
-        m.StartPass(1, 2, (3, 4, 500)),
-        m.AbortPass(1, 2, "remote_error", "text", "bob"),
+        m.StartPass(1, 2, (3, 4, 500), accumulate_grad=True, committed=2**64 - 1),
+        m.AbortPass(1, 2, "remote_error", "text", "bob", "E", "trace", ("a", "b"), workers=("c",)),
+        m.AbortPassResponse((3, 2**64 - 1), ("a", "b")),
     ]
     plain: list[m.Message] = [
         m.Cancel(1),
         m.Heartbeat(),
         m.Status(),
-        m.CleanupContextRequest(1),
+        m.CleanupContextRequest(1, 2),
+        m.StartPassResponse(False),
+        m.CommitPass(1, 2),
+        m.BackwardRequest(1, 2, inputs_only=True),
         m.RRefFetchRequest(1, metadata),
         m.RRefForkRequest(1, 2),
         m.RRefBackwardRequest(1, 2),

@@ -80,6 +80,15 @@ def test_every_request_names_a_reply_and_every_reply_is_named() -> None:
     assert replies | {m.ErrorResponse} == {cls for cls in SCHEMAS if issubclass(cls, m.Reply)}
 
 
+def test_an_aborted_pass_has_the_whole_cause_that_an_error_response_has() -> None:
+    cause = dict(SCHEMAS[m.ErrorResponse].fields)
+    del cause["context_id"]  # its own field, of the same name
+    del cause["retryable"]  # a pass is not repeated
+    fields = dict(SCHEMAS[m.AbortPass].fields)
+    del fields["context_id"], fields["pass_id"]
+    assert fields == cause
+
+
 def test_messages_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         m.Cancel(1).cancelled_id = 2  # type: ignore[misc]
@@ -106,6 +115,11 @@ WRONG_FIELDS: dict[str, Callable[[], m.Message]] = {
     "bool as id": lambda: m.Cancel(True),
     "float as id": lambda: m.Cancel(1.0),  # type: ignore[arg-type]
     "int as bool": lambda: m.StartPass(1, 2, (), 1),  # type: ignore[arg-type]
+    "nil as bool": lambda: m.StartPassResponse(None),  # type: ignore[arg-type]
+    "nil as last complete pass": lambda: m.ForwardResponse(committed=None),  # type: ignore[arg-type]
+    "int as traceback": lambda: m.AbortPass(1, 2, "c", "t", "o", traceback=5),  # type: ignore[arg-type]
+    "a set of ids": lambda: m.AbortPassResponse({1}),  # type: ignore[arg-type]
+    "a string as worker": lambda: m.AbortPassResponse((), "bob"),
     "ids that are no list": lambda: m.StartPass(1, 2, 5),  # type: ignore[arg-type]
     "a string as list of strings": lambda: m.Hello(*HELLO, features="abc"),
     "lone surrogate": lambda: m.ForwardRequest("\ud800"),

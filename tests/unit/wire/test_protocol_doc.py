@@ -6,10 +6,13 @@ The examples in the document are the pinned bytes of the wire: each must be what
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import pytest
 import torch
 
@@ -68,7 +71,7 @@ class Described:
     reply: str | None
     fields: list[list[str]]
     python: list[str]
-    frames: list[bytes]
+    pinned: str
 
 
 def described(name: str) -> Described:
@@ -88,7 +91,7 @@ def described(name: str) -> Described:
         reply and reply[1],
         rows(text),
         python[1].splitlines(),
-        frames_in(pinned[1]),
+        pinned[1],
     )
 
 
@@ -99,6 +102,20 @@ def frames_in(text: str) -> list[bytes]:
         assert f"frame {number}\n" in text
         frames.append(bytes.fromhex("".join(line.split("#")[0] for line in part.splitlines())))
     return frames
+
+
+def spelled(value: Any) -> str:
+    """Return `value` as the comments in the examples write it."""
+    match value:
+        case None:
+            return "nil"
+        case bytes():
+            return f'"bytes {value.hex()}"'
+        case list():
+            return f"[{', '.join(map(spelled, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{spelled(key)}: {spelled(value[key])}' for key in value)}}}"
+    return json.dumps(value)
 
 
 def test_every_type_is_described_once_and_nothing_else_is() -> None:
@@ -112,13 +129,29 @@ def test_the_example_of_each_type_is_what_travels_both_ways(cls: type[messages.M
     names = {**vars(messages), "torch": torch, "Envelope": Envelope}
     message, *envelopes = (eval(line, names) for line in written.python)  # noqa: S307  # our own text
     envelope = envelopes[0] if envelopes else Envelope()
+    frames = frames_in(written.pinned)
     assert type(message) is cls
     assert [bytes(frame).hex() for frame in encode(message, envelope)] == [
-        frame.hex() for frame in written.frames
+        frame.hex() for frame in frames
     ]
-    opened, received = open_envelope(written.frames)
+    opened, received = open_envelope(frames)
     assert opened == envelope
     assert same(received, message)
+
+
+@pytest.mark.parametrize("cls", SCHEMAS, ids=lambda cls: cls.__name__)
+def test_the_comments_in_the_example_of_each_type_are_true(cls: type[messages.Message]) -> None:
+    header = described(cls.__name__).pinned.split("frame 1\n")[0]
+    for line in header.removeprefix("frame 0\n").splitlines():
+        data, comment = line.split("  # ")
+        if found := re.fullmatch(r"a map of (\d+)", comment):
+            assert bytes.fromhex(data) == bytes([0x80 + int(found[1])])
+            continue
+        unpacker = msgpack.Unpacker()
+        unpacker.feed(bytes.fromhex(data))
+        name, *value = unpacker
+        # A map that is split into lines of its own follows its name.
+        assert comment == " ".join([f"{spelled(name)}:", *map(spelled, value)])
 
 
 @pytest.mark.parametrize("cls", SCHEMAS, ids=lambda cls: cls.__name__)
