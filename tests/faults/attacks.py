@@ -45,7 +45,7 @@ SAMPLES: Final[tuple[m.Message, ...]] = (
     m.Welcome("mallory", ids.new_incarnation()),
     m.Heartbeat(),
     m.Cancel(7),
-    m.StartPass(1, 2, [3, 4], True),
+    m.StartPass(1, 2, [3, 4], [5], True),
     m.StartPassResponse(),
     m.AbortPass(1, 2, "code", "text", "origin"),
     m.AbortPassResponse(),

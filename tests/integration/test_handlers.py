@@ -58,7 +58,7 @@ EXCHANGES: list[tuple[Request, Reply]] = [
     ),
     (ForwardRequest("anything", (1,), {"a": 2}), ForwardResponse({"result": 3})),
     (CleanupContextRequest(MAX_ID), CleanupContextResponse()),
-    (StartPass(1, 2, (3, 4), retain_graph=True), StartPassResponse()),
+    (StartPass(1, 2, (3, 4), (5,), retain_graph=True), StartPassResponse()),
     (AbortPass(1, 2, "remote_error", "because", "carol"), AbortPassResponse((3,), ("dave",))),
     (CommitPass(1, 2), CommitPassResponse()),
     (BackwardRequest(1, 2, retain_graph=True), BackwardResponse()),

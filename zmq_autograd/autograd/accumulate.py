@@ -20,6 +20,11 @@ _GRADS_SWAPPED: Final = threading.Lock()
 """Held while ``.grad`` of leaves is not what their users put there: contexts share leaves."""
 
 
+QUICK_TENSORS: Final = 32
+
+QUICK_ELEMENTS: Final = 64 * 1024
+
+
 class _Deliver(Function):
     """Gives its inputs gradients that nobody else holds, so that torch need not copy them."""
 
@@ -35,6 +40,15 @@ class _Deliver(Function):
         return (None, *grads)
 
 
+def is_quick(grads: dict[Tensor, Tensor]) -> bool:
+    """Tell whether `accumulated` takes less than to hand it to a thread, as far as can be seen."""
+    return (
+        len(grads) <= QUICK_TENSORS
+        and sum(grad.numel() for grad in grads.values()) <= QUICK_ELEMENTS
+        and not any(leaf._post_accumulate_grad_hooks or has_tensor_hooks(leaf) for leaf in grads)
+    )
+
+
 def accumulated(grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor, Tensor]:
     """Run the accumulators of leaves on `grads`, which is used up; return what they make of it.
 
@@ -46,7 +60,7 @@ def accumulated(grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor,
         Exception: whatever a hook raises; every ``.grad`` is as it was.
     """
     leaves = [tensor for tensor in grads if tensor.is_leaf]
-    with _GRADS_SWAPPED, torch.inference_mode(mode=False):
+    with _GRADS_SWAPPED, torch.inference_mode(mode=False), torch.autocast("cpu", enabled=False):
         before = [(leaf, leaf.grad) for leaf in leaves]
         try:
             _run_accumulators(leaves, grads)

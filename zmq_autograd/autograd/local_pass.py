@@ -7,6 +7,7 @@ everything here may run in any one thread at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -17,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from zmq_autograd.autograd import calls
 from zmq_autograd.autograd.functions import ReceiveFunction, leaf_of, receive_of
 from zmq_autograd.autograd.stages import Slot, Stage, has_tensor_hooks, is_sink, stages_of
-from zmq_autograd.autograd.walk import walk
+from zmq_autograd.autograd.walk import Walk, walk
 from zmq_autograd.errors import ContextError
 
 Place = tuple[int, int]
@@ -41,6 +42,12 @@ class Root:
     edges: Sequence[GradientEdge | None]
 
 
+def walk_from(roots: Sequence[Root], at_most: float = math.inf) -> Walk:
+    """Walk from all edges of `roots`; raise `TooManyNodes` if there are more than `at_most`."""
+    edges = (edge for root in roots for edge in root.edges)
+    return walk((edge.node for edge in edges if edge is not None), at_most)
+
+
 @dataclass(slots=True, eq=False)
 class Wanted:
     """Which gradients a pass is to find on this worker, beside those of received tensors.
@@ -55,10 +62,15 @@ class Wanted:
 
 
 class LocalPass:
-    """See the module.  `resolve` every root once; `run` returns what has become complete."""
+    """See the module.  `resolve` every root once; `run` returns what has become complete.
+
+    Attributes:
+        gradients: of leaves and inputs, once every root was resolved and `run` was called.
+    """
 
     def __init__(
         self,
+        graph: Walk,
         context_id: int,
         roots: Sequence[Root],
         wanted: Wanted,
@@ -68,6 +80,7 @@ class LocalPass:
         """Plan a pass.
 
         Args:
+            graph: the walk from all roots.
             context_id: the context; a received tensor of another one is refused.
             roots: in the order in which sums take what flows in through them.
             wanted: whose gradients are to be found.
@@ -76,11 +89,11 @@ class LocalPass:
         Raises:
             ContextError: a root was computed from what was received in another context.
         """
+        self.gradients: dict[Tensor, Tensor] = {}
         self._context_id = context_id
         self._retain_graph = retain_graph
         self._roots = roots
-        edges = [edge for root in roots for edge in root.edges if edge is not None]
-        self._graph = walk(edge.node for edge in edges)
+        self._graph = graph
         self._all_leaves = wanted.leaves
         self._captures = self._found(wanted.inputs)
         self._slots: list[list[Slot | None]] = [
@@ -89,7 +102,7 @@ class LocalPass:
         ]
         slots = [[slot for slot in slots if slot is not None] for slots in self._slots]
         self._stages = stages_of(self._graph, slots, self._wanted_nodes(wanted))
-        self._unresolved = (1 << len(roots)) - 1
+        self._unresolved = sum(1 << root for root, edges in enumerate(slots) if edges)
         # What has flowed into nodes that have not run, by number and input.
         self._waiting: dict[int, dict[int, list[Term]]] = {}
         # What has been found for leaves and inputs.
@@ -133,14 +146,13 @@ class LocalPass:
                 waiting.append(stage)
             else:
                 emissions += self._run_stage(stage)
+        is_last = bool(self._stages) and not waiting
         self._stages = waiting
+        if is_last:
+            found, self._found_terms = self._found_terms, {}
+            # Emptied list by list: what nothing else holds need not be copied later.
+            self.gradients = {tensor: _sum(found.pop(tensor)) for tensor in list(found)}
         return emissions
-
-    def take_gradients(self) -> dict[Tensor, Tensor]:
-        """Return the pass's gradients of leaves and inputs; to be asked for once, at its end."""
-        found, self._found_terms = self._found_terms, {}
-        # Each list is emptied first, so that nothing else holds the sum, which need not be copied.
-        return {tensor: _sum(found.pop(tensor)) for tensor in list(found)}
 
     # --- planning --------------------------------------------------------------------------------
 

@@ -51,15 +51,17 @@ class Record:
         sends = sorted(self.sends.values(), key=lambda send: send.message_id ^ self.context_id)
         return [send for send in sends if any(edge is not None for edge in send.edges)]
 
-    def add(self, grads: dict[Tensor, Tensor], *, into_grad: bool) -> None:
-        """Take over the gradients of a pass that is complete everywhere; they are used up.
+    def summed(self, grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor, Tensor]:
+        """Return the gradients with those of a pass that is complete everywhere, which are used up.
 
         Raises:
-            Exception: whatever an accumulate hook raises; nothing was taken over.
+            Exception: whatever an accumulate hook raises.
         """
+        total = dict(self.gradients)
         for tensor, grad in accumulated(grads, into_grad=into_grad).items():
-            before = self.gradients.get(tensor)
-            self.gradients[tensor] = grad if before is None else before + grad
+            before = total.get(tensor)
+            total[tensor] = grad if before is None else before + grad
+        return total
 
     def clear(self) -> None:
         """Let go of every tensor and graph."""

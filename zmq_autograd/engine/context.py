@@ -10,14 +10,16 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from torch import Tensor
 
 from zmq_autograd import ids
+from zmq_autograd.autograd.accumulate import is_quick
 from zmq_autograd.autograd.record import Record
-from zmq_autograd.engine.distributed_pass import Losses, Pass, Settings
+from zmq_autograd.engine.distributed_pass import Losses, Pass, Settings, Told
 from zmq_autograd.engine.host import Host, Peer
 from zmq_autograd.engine.losses import losses_of
 from zmq_autograd.engine.places import Place
@@ -32,9 +34,6 @@ BACKWARD_TIMEOUT: Final = 60.0
 
 COMMIT_SECONDS: Final = 0.01
 """Seconds after which a worker is told of a complete pass if no other message told it."""
-
-COMMIT_TIMEOUT: Final = 10.0
-"""Seconds that the sender of such a message waits for it to be taken over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ class Context:
         if self.is_ended:
             raise self.ended_error()
         self.table.add(self)
-        current_scope.set(Scope(self, Place(self.context_id)))
+        self.enter()
         return self
 
     async def __aexit__(
@@ -112,6 +111,16 @@ class Context:
     ) -> None:
         current_scope.set(None)
         await self.table.clean_up(self)
+
+    def enter(self, served: int = 0) -> Place:
+        """Have what runs in this task from now on be in this context; return its place there.
+
+        Args:
+            served: the message or pass that it serves, 0 for the program that opened the context.
+        """
+        place = Place(self.context_id, served)
+        current_scope.set(Scope(self, place))
+        return place
 
     async def backward(
         self,
@@ -257,11 +266,16 @@ class Context:
                 raise
             raise cause from None  # as it was raised here, before it went round by the owner
 
-    def start(self, settings: Settings) -> Pass:
-        """Take part in a pass from now on."""
+    def start(self, settings: Settings, told_by: Told | None = None) -> Pass:
+        """Take part in a pass from now on.
+
+        Args:
+            settings: of the pass.
+            told_by: who told of it; None on the context's owner.
+        """
         self.staged = None  # of an aborted pass, or it would have been told to be complete
         losses = self._requested.get(settings.pass_id, Losses())
-        self.running = Pass(self, self._host, settings, losses)
+        self.running = Pass(self, self._host, settings, losses, told_by)
         return self.running
 
     def is_over(self, pass_id: int) -> bool:
@@ -325,10 +339,11 @@ class Context:
 
     async def _commit(self, staged: Pass) -> None:
         gradients = staged.take_gradients()
-        into_grad = staged.settings.accumulate_grad
+        summed = partial(self.record.summed, gradients, into_grad=staged.settings.accumulate_grad)
         try:
-            if gradients:
-                await self._host.compute(lambda: self.record.add(gradients, into_grad=into_grad))
+            self.record.gradients = (
+                summed() if is_quick(gradients) else await self._host.compute(summed)
+            )
         except Exception as error:  # noqa: BLE001  # a user's hook: it is told where it matters
             self._gradients_broken = self._broken = error
         self._committing = None
@@ -341,7 +356,7 @@ class Context:
         for peer in owing if not self.is_ended else ():
             if peer.is_connected:
                 message = CommitPass(self.context_id, self.committed)
-                self._host.spawn(peer.request(message, timeout=COMMIT_TIMEOUT))
+                self._host.spawn(peer.request(message, timeout=None))
 
     async def _expired(self, pass_id: int, timeout: float | None) -> DeadlineExceeded:
         """End a pass whose time ran out; return what to raise."""
@@ -376,6 +391,8 @@ class Context:
     def peer_lost(self, peer: Peer) -> None:
         """Take in that nothing can be exchanged with `peer` any more."""
         self._owing.discard(peer)
+        if self.running is not None:
+            self.running.peer_lost(peer)
 
     def ended_error(self) -> ContextError:
         """Return what to raise for a use after its end."""

@@ -5,7 +5,6 @@ Owns which contexts there are and which there were: a message that comes late ma
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,8 +12,8 @@ from typing import Any, Final
 
 from zmq_autograd import ids
 from zmq_autograd.engine.context import Context
-from zmq_autograd.engine.distributed_pass import Settings
-from zmq_autograd.engine.host import Host, Peer
+from zmq_autograd.engine.distributed_pass import Settings, Told
+from zmq_autograd.engine.host import Host, Peer, tell
 from zmq_autograd.errors import ContextError
 from zmq_autograd.session import exception_from
 from zmq_autograd.wire.messages import (
@@ -132,7 +131,8 @@ class Contexts:
         settings = Settings(
             request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
         )
-        running = context.start(settings)
+        told_by = Told(peer, frozenset(request.awaited_ids))
+        running = context.start(settings, told_by)
         running.announced(peer, request.message_ids)
         await running.completion()
         return StartPassResponse()
@@ -210,9 +210,7 @@ class Contexts:
         seconds = CLEANUP_SECONDS if source is None else CLEANUP_SECONDS / 2
         others = [peer for peer in context.peers if peer is not source and peer.is_connected]
         request = CleanupContextRequest(context.context_id, context.committed)
-        await asyncio.gather(
-            *(peer.request(request, timeout=seconds) for peer in others), return_exceptions=True
-        )
+        await tell(self._host, others, request, seconds)
 
     def peer_lost(self, peer: Peer) -> None:
         """Drop the contexts whose way to their owner led over `peer`."""

@@ -8,6 +8,7 @@ context's.  Everything here runs on the event loop.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from zmq_autograd.autograd.functions import ReceiveFunction
-from zmq_autograd.autograd.local_pass import Emission, LocalPass, Root, Wanted
-from zmq_autograd.engine.host import Host, Peer
+from zmq_autograd.autograd.local_pass import Emission, LocalPass, Root, Wanted, walk_from
+from zmq_autograd.autograd.walk import TooManyNodes
+from zmq_autograd.engine.host import Host, Peer, tell
 from zmq_autograd.errors import ContextError, ProtocolError, WorkerLost
 from zmq_autograd.session import error_response
 from zmq_autograd.wire.messages import (
@@ -34,6 +36,12 @@ if TYPE_CHECKING:
     from zmq_autograd.engine.context import Context
 
 T = TypeVar("T")
+
+Resolved = list[tuple[int, Sequence[Tensor | None] | None]]
+"""Roots by their numbers, with their gradients; None for a root that gets none."""
+
+INLINE_NODES: Final = 256
+"""Nodes of a graph that is planned on the event loop, which takes less than to hand it over."""
 
 ABORT_SECONDS: Final = 1.0
 """Seconds that who aborts a pass waits for others to say that they have heard of it, and twice as
@@ -72,6 +80,19 @@ class Losses:
     inputs: Sequence[Tensor] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """Who told of a pass first.
+
+    Attributes:
+        peer: that worker.
+        awaited_ids: messages of its that it awaits gradients for from this one.
+    """
+
+    peer: Peer
+    awaited_ids: frozenset[int]
+
+
 @dataclass(slots=True)
 class Awaited:
     """What a pass waits for.
@@ -88,25 +109,40 @@ class Awaited:
 class Pass:
     """See the module."""
 
-    def __init__(self, context: Context, host: Host, settings: Settings, losses: Losses) -> None:
-        """Fix what takes part: all that was recorded until now."""
+    def __init__(
+        self,
+        context: Context,
+        host: Host,
+        settings: Settings,
+        losses: Losses,
+        told_by: Told | None = None,
+    ) -> None:
+        """Fix what takes part, which is all that was recorded until now, and begin.
+
+        Args:
+            context: the context.
+            host: the worker.
+            settings: of the pass.
+            losses: what it starts from here.
+            told_by: who told of it first; None where it was asked for.
+        """
         self.settings = settings
         self.cause: BaseException | None = None
         self._context = context
         self._host = host
         self._losses = losses
+        self._told_by = told_by
         self._peers = [peer for peer in context.peers if peer.is_connected]
         self._sends = context.record.roots()
         self._numbers = {send.message_id: n for n, send in enumerate(self._sends, start=1)}
         # Messages of ours whose gradients have not come and may still.
         self._awaited = dict(self._numbers)
         # Roots with their gradients, None for undefined, that the local pass has not been given.
-        self._resolved: list[tuple[int, Sequence[Tensor | None] | None]] = []
+        self._resolved: Resolved = []
         self._changed = asyncio.Event()
-        # By peer, the messages of ours that it will propagate gradients for.
-        self._coming: dict[Peer, frozenset[int]] = {}
         self._incomplete = set(self._peers)
         self._is_computing = False
+        self._has_gradients = False
         self._gradients: dict[Tensor, Tensor] = {}
         # By message of ours, which of its tensors got a gradient.
         self._used: dict[int, list[bool]] = {}
@@ -155,8 +191,7 @@ class Pass:
 
     def announced(self, peer: Peer, message_ids: Iterable[int]) -> None:
         """Take in that `peer` takes part, and which gradients it will propagate to this worker."""
-        coming = self._coming[peer] = frozenset(message_ids)
-        self._undefine(peer, coming)
+        self._undefine(peer, frozenset(message_ids))
 
     def propagated(self, peer: Peer, message_id: int, grads: Sequence[Tensor | None]) -> None:
         """Take in the gradients for a message of ours; what is not awaited is dropped.
@@ -176,6 +211,11 @@ class Pass:
             self._used[message_id] = [grad is not None for grad in grads]
             self._resolve(number, grads)
 
+    def peer_lost(self, peer: Peer) -> None:
+        """Take in that `peer` is lost: what it was to propagate will not come."""
+        if any(self._sends[number - 1].peer is peer for number in self._awaited.values()):
+            self.abort(WorkerLost(peer.name, peer.incarnation, "gradients were awaited from it"))
+
     def _undefine(self, peer: Peer, coming: frozenset[int] = frozenset()) -> None:
         """Take in that `peer` propagates nothing for messages of ours but those in `coming`."""
         for message_id, number in list(self._awaited.items()):
@@ -190,6 +230,7 @@ class Pass:
     # --- running ---------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        self._context.enter(self.pass_id)
         try:
             async with asyncio.TaskGroup() as group:
                 await self._run_part(group)
@@ -199,32 +240,54 @@ class Pass:
         self._context.pass_completed(self)
 
     async def _run_part(self, group: asyncio.TaskGroup) -> None:
-        local = await self._compute(self._planned)
-        reached: dict[Peer, list[int]] = {peer: [] for peer in self._peers}
-        for receive in local.receives:
-            reached.setdefault(receive.peer, []).append(receive.message_id)
-        for peer in self._peers:
-            group.create_task(self._tell(peer, reached[peer]))
-        self._resolve(0, self._losses.grads)
+        if self._losses.edges:
+            self._resolve(0, self._losses.grads)
         for send in self._sends:
             if send.peer not in self._incomplete:
                 self._undefine(send.peer)
+        try:
+            local = self._planned(INLINE_NODES)
+        except TooManyNodes:
+            local = await self._compute(self._planned)
+        self._tell_all(local.receives, group)
         while not local.is_complete:
             await self._changed.wait()
-            self._changed.clear()
-            resolved, self._resolved = self._resolved, []
-            for receive, grads in await self._compute(partial(_advance, local, resolved)):
-                group.create_task(self._propagate(receive, grads))
-        self._gradients = await self._compute(local.take_gradients)
+            for receive, grads in await self._advanced(local):
+                self._host.spawn(self._propagate(receive, grads))
+        self._gradients = local.gradients
 
-    def _planned(self) -> LocalPass:
-        inputs = self._losses.inputs
-        leaves = not self.settings.inputs_only
-        wanted = Wanted(leaves=leaves, inputs=inputs or ())
+    def _planned(self, at_most: float = math.inf) -> LocalPass:
+        """Return the plan of this worker's part; raise `TooManyNodes` if it has so many."""
         roots = [Root(self._losses.edges), *(Root(send.edges) for send in self._sends)]
-        return LocalPass(
-            self._context.context_id, roots, wanted, retain_graph=self.settings.retain_graph
-        )
+        graph = walk_from(roots, at_most)
+        wanted = Wanted(leaves=not self.settings.inputs_only, inputs=self._losses.inputs or ())
+        retain_graph = self.settings.retain_graph
+        return LocalPass(graph, self._context.context_id, roots, wanted, retain_graph=retain_graph)
+
+    async def _advanced(self, local: LocalPass) -> list[Emission]:
+        """Give `local` what was resolved, and return what is complete now."""
+        resolved, self._resolved = self._resolved, []
+        self._changed.clear()
+        if any(grad is not None for _, grads in resolved for grad in grads or ()):
+            self._has_gradients = True
+        advance = partial(_advance, local, resolved)
+        # Without any gradient nothing is computed.
+        return await self._compute(advance) if self._has_gradients else advance()
+
+    def _tell_all(self, receives: Iterable[ReceiveFunction], group: asyncio.TaskGroup) -> None:
+        """Announce the pass to each peer, with what will be propagated to it."""
+        coming: dict[Peer, list[int]] = {peer: [] for peer in self._peers}
+        for receive in receives:
+            coming.setdefault(receive.peer, []).append(receive.message_id)
+        awaited: dict[Peer, list[int]] = {peer: [] for peer in self._peers}
+        for send in self._sends:
+            awaited.setdefault(send.peer, []).append(send.message_id)
+        for peer in self._peers:
+            told = self._told_by
+            if told is not None and told.peer is peer and told.awaited_ids.issubset(coming[peer]):
+                self._incomplete.discard(peer)  # it knows all that it would be told
+            else:
+                group.create_task(self._tell(peer, coming[peer], awaited[peer]))
 
     async def _compute(self, function: Callable[[], T]) -> T:
         self._is_computing = True
@@ -233,13 +296,16 @@ class Pass:
         finally:
             self._is_computing = False
 
-    async def _tell(self, peer: Peer, message_ids: Sequence[int]) -> None:
+    async def _tell(
+        self, peer: Peer, message_ids: Sequence[int], awaited_ids: Sequence[int]
+    ) -> None:
         settings = self.settings
         reply = await peer.request(
             StartPass(
                 self._context.context_id,
                 settings.pass_id,
                 message_ids,
+                awaited_ids,
                 settings.retain_graph,
                 settings.inputs_only,
                 settings.accumulate_grad,
@@ -252,18 +318,21 @@ class Pass:
             self._undefine(peer)
 
     async def _propagate(self, receive: ReceiveFunction, grads: list[Tensor | None]) -> None:
+        """Send gradients back; that they were taken over need not be awaited.
+
+        Whoever does not get them is not complete, and learns it if this worker is lost.
+        """
         peer: Peer = receive.peer
-        if not peer.is_connected:
-            if any(grad is not None for grad in grads):
-                raise WorkerLost(
-                    peer.name, peer.incarnation, "a gradient would have to be propagated to it"
-                )
+        if not peer.is_connected and all(grad is None for grad in grads):
             return
         metadata = AutogradMetadata(self._context.context_id, receive.message_id)
         request = PropagateGradientsRequest(
             metadata, grads, self.settings.retain_graph, self.settings.pass_id
         )
-        await peer.request(request, timeout=None)
+        try:
+            await peer.request(request, timeout=None)
+        except Exception as error:  # noqa: BLE001  # whatever it is, all must hear of it
+            self.abort(error)
 
     # --- ending it -------------------------------------------------------------------------------
 
@@ -304,20 +373,14 @@ class Pass:
         )
         seconds = ABORT_SECONDS if source is None else ABORT_SECONDS / 2
         others = [peer for peer in self._peers if peer is not source and peer.is_connected]
-        replies = await asyncio.gather(
-            *(peer.request(message, timeout=seconds) for peer in others),
-            return_exceptions=True,
-        )
-        for reply in replies:
+        for reply in await tell(self._host, others, message, seconds):
             if isinstance(reply, AbortPassResponse):
                 awaited.message_ids.update(reply.message_ids)
                 awaited.workers.update(reply.workers)
         return awaited
 
 
-def _advance(
-    local: LocalPass, resolved: Iterable[tuple[int, Sequence[Tensor | None] | None]]
-) -> list[Emission]:
+def _advance(local: LocalPass, resolved: Resolved) -> list[Emission]:
     for root, grads in resolved:
         local.resolve(root, grads)
     return local.run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 from zmq_autograd.wire.messages import Reply, Request
@@ -49,3 +49,14 @@ class Host(Protocol):
 
         It need not be awaited: its error is no loss.
         """
+
+
+async def tell(host: Host, peers: Iterable[Peer], message: Request, seconds: float) -> list[Reply]:
+    """Send `message` to all `peers`; return the replies that come within `seconds`.
+
+    Nobody is told to stop after that: who was busy takes the message in when it gets to it.
+    """
+    tasks = [host.spawn(peer.request(message, timeout=None)) for peer in peers]
+    done, _ = await asyncio.wait(tasks, timeout=seconds) if tasks else (set(), None)
+    heard = (task for task in done if not task.cancelled() and task.exception() is None)
+    return [task.result() for task in heard]

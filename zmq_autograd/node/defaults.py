@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zmq_autograd.engine import Contexts, Place, Scope, current_scope
+from zmq_autograd.engine import Contexts
 from zmq_autograd.node.registry import Entry, Registry
 from zmq_autograd.node.status import status_of
 from zmq_autograd.wire.messages import (
@@ -56,10 +56,8 @@ async def _inside(
     context = contexts.join(metadata.context_id, peer)
     context.received(peer, metadata.message_id, tensors_in([request.args, request.kwargs]))
     await context.learn_committed(request.committed)
-    place = Place(context.context_id, metadata.message_id)
-    current_scope.set(Scope(context, place))
+    reply = AutogradMetadata(context.context_id, context.enter(metadata.message_id).reply_id)
     result = await entry.call(request.args, dict(request.kwargs), node.pool)
-    reply = AutogradMetadata(context.context_id, place.reply_id)
     is_on_graph = context.sending(peer, reply.message_id, tensors_in(result))
     return ForwardResponse(
         result, reply if is_on_graph else None, committed=context.tell_committed(peer)

@@ -128,6 +128,7 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "context_id": f.ID,
             "pass_id": f.ID,
             "message_ids": f.IDS,
+            "awaited_ids": f.IDS,
             "retain_graph": f.BOOL,
             "inputs_only": f.BOOL,
             "accumulate_grad": f.BOOL,

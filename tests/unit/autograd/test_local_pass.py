@@ -15,10 +15,18 @@ from torch.autograd.graph import get_gradient_edge
 from tests.unit.autograd.graphs import CONTEXT, SHAPE, Graph, build
 from zmq_autograd.autograd import calls, stages
 from zmq_autograd.autograd.functions import ReceiveFunction, SendFunction
-from zmq_autograd.autograd.local_pass import LocalPass, Root, Wanted
+from zmq_autograd.autograd.local_pass import LocalPass, Root, Wanted, walk_from
 from zmq_autograd.errors import ContextError
 
 Grads = Sequence[Tensor | None]
+
+
+def planned(
+    roots: Sequence[Root], wanted: Wanted | None = None, *, retain_graph: bool = False
+) -> LocalPass:
+    return LocalPass(
+        walk_from(roots), CONTEXT, roots, wanted or Wanted(), retain_graph=retain_graph
+    )
 
 
 def expected(graph: Graph, grads: Grads) -> list[Tensor | None]:
@@ -37,7 +45,7 @@ def expected(graph: Graph, grads: Grads) -> list[Tensor | None]:
 def found(graph: Graph, grads: Grads, rng: random.Random) -> list[Tensor | None]:
     """Return the gradients of leaves, then of received tensors; roots are resolved in any order."""
     roots = [Root(SendFunction.of(n, None, [t]).edges) for n, t in enumerate(graph.outputs)]
-    local = LocalPass(CONTEXT, roots, Wanted(), retain_graph=False)
+    local = planned(roots)
     emitted: dict[ReceiveFunction, Tensor | None] = {}
     for root in rng.sample(range(len(roots)), len(roots)):
         local.resolve(root, None if grads[root] is None else [grads[root]])
@@ -46,7 +54,7 @@ def found(graph: Graph, grads: Grads, rng: random.Random) -> list[Tensor | None]
     emit(local, emitted)
     assert local.is_complete
     assert set(local.receives) == set(emitted)
-    gradients = local.take_gradients()
+    gradients = local.gradients
     return [
         *(gradients.get(leaf) for leaf in graph.leaves),
         *(emitted.get(receive) for receive in graph.receives),
@@ -103,12 +111,7 @@ def test_what_leads_out_of_a_stage_is_stepped_and_the_rest_is_called() -> None:
     leaf = torch.ones(2, requires_grad=True)
     inner = leaf * 2
     late = inner.sin()
-    graph = LocalPass(
-        CONTEXT,
-        [Root([get_gradient_edge(late)]), Root([get_gradient_edge(inner)])],
-        Wanted(),
-        retain_graph=False,
-    )
+    graph = planned([Root([get_gradient_edge(late)]), Root([get_gradient_edge(inner)])])
     first, second = graph._stages
     assert [len(first.stepped), len(first.called)] == [1, 0]
     assert [len(second.stepped), len(second.called)] == [0, 2]
@@ -123,11 +126,11 @@ def test_a_second_pass_over_freed_nodes_raises_as_in_torch(retain_graph: bool) -
     roots = [Root([get_gradient_edge(output)]) for output in outputs]
 
     def run() -> dict[Tensor, Tensor]:
-        local = LocalPass(CONTEXT, roots, Wanted(), retain_graph=retain_graph)
+        local = planned(roots, retain_graph=retain_graph)
         for root in range(2):
             local.resolve(root, [torch.ones(2)])
             local.run()
-        return local.take_gradients()
+        return local.gradients
 
     first = run()
     if retain_graph:
@@ -157,10 +160,10 @@ def test_the_order_of_a_sum_does_not_depend_on_sequence_numbers() -> None:
         total = terms[0] + terms[1] + terms[2] + terms[3]
         for term, number in zip(terms, order, strict=True):
             term.grad_fn._set_sequence_nr(number)  # type: ignore[union-attr]
-        local = LocalPass(CONTEXT, [Root([get_gradient_edge(total)])], Wanted(), retain_graph=False)
+        local = planned([Root([get_gradient_edge(total)])])
         local.resolve(0, [torch.ones(1)])
         local.run()
-        results.add(local.take_gradients()[leaf].item())
+        results.add(local.gradients[leaf].item())
     assert len(results) == 1
 
 
@@ -169,7 +172,7 @@ def test_what_was_received_in_another_context_says_so() -> None:
     ReceiveFunction(1, None, CONTEXT + 1).attach([tensor])
     edges = [get_gradient_edge(tensor * 2)]
     with pytest.raises(ContextError, match=f"received in context {CONTEXT + 1}"):
-        LocalPass(CONTEXT, [Root(edges)], Wanted(), retain_graph=False)
+        planned([Root(edges)])
 
 
 @pytest.mark.parametrize("place", ["leaf", "inner", "received"])
@@ -180,16 +183,14 @@ def test_inputs_get_the_complete_gradient(place: str) -> None:
     inner = leaf * received
     output = inner.sin() + inner * 3
     tensor = {"leaf": leaf, "inner": inner, "received": received}[place]
-    local = LocalPass(
-        CONTEXT,
+    local = planned(
         [Root([get_gradient_edge(output)]), Root([get_gradient_edge(inner)])],
         Wanted(leaves=False, inputs=[tensor]),
-        retain_graph=False,
     )
     local.resolve(1, [torch.full((2,), 5.0)])
     local.run()
     local.resolve(0, [torch.ones(2)])
     ((_, (emitted,)),) = local.run()
     full = torch.ones(2).cos() + 3 + 5
-    torch.testing.assert_close(local.take_gradients(), {tensor: full})
+    torch.testing.assert_close(local.gradients, {tensor: full})
     torch.testing.assert_close(emitted, full)

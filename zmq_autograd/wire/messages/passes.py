@@ -94,6 +94,9 @@ class StartPass(Request):
         pass_id: the pass, whose turn the context's owner granted.
         message_ids: forward messages of the receiver's over which the sender will propagate
             gradients, defined or not; whatever else the receiver sent it gets none.
+        awaited_ids: forward messages of the sender's over which it awaits gradients from the
+            receiver.  Who hears of the pass by this message answers with a `StartPass` of its own
+            only if it will not propagate all of them.
         retain_graph: keep the graph for another pass.
         inputs_only: accumulate no gradients of leaves: the initiator named those that it wants.
         accumulate_grad: add the gradients of leaves to their ``.grad`` too.
@@ -105,6 +108,7 @@ class StartPass(Request):
     context_id: int
     pass_id: int
     message_ids: Sequence[int] = ()
+    awaited_ids: Sequence[int] = ()
     retain_graph: bool = False
     inputs_only: bool = False
     accumulate_grad: bool = False
