@@ -245,5 +245,6 @@ class RemoteWorker:
             raise
         if reply.metadata is not None:
             context.received(self, reply.metadata.message_id, tensors_in(reply.result))
-        await context.learn_committed(reply.committed)
+        context.learn_committed(reply.committed)
+        await context.until_committed()
         return reply.result

@@ -314,7 +314,25 @@ class Worker:
         return self._running_node().contexts.new()
 
     def status(self) -> dict[str, Any]:
-        """Return what the worker is doing: its sessions, contexts and passes, as plain values.
+        """Return what the worker is doing, as plain values: what `zmq-autograd status` shows.
+
+        * ``name``, ``incarnation``, ``endpoints``: as the worker's own.
+        * ``peers``: the names of the workers that it has sessions with, one for each session.
+        * ``sessions``: for each its ``peer`` and that one's ``incarnation``; the ``address`` that
+          was dialled or that the peer came from; ``bytes_sent`` and ``bytes_received`` of whole
+          messages; how many requests are under way, ``requests_sent`` and ``requests_received``.
+        * ``contexts``: for each its ``context_id``; ``parent``, the worker that it came from, None
+          on the one that opened it; ``peers``, the workers that calls were exchanged with in it;
+          how many ``sends``, ``receives`` and leaf ``gradients`` are recorded; its ``passes``.
+        * A pass has its ``pass_id``; its ``state``: ``"running"``, ``"complete here"`` until it is
+          complete everywhere, or ``"queued"`` where it was asked for and has to wait for its turn;
+          the ``message_ids`` that it waits for gradients of, and the ``workers`` that it waits for,
+          its own where it is computing.
+
+        It is never more than one message has room for: some 400 sessions and 400 contexts, and 20
+        each of a context's peers and passes, and of a pass's messages and workers.
+        ``sessions_left_out``, ``contexts_left_out``, ``peers_left_out``, ``passes_left_out``,
+        ``message_ids_left_out`` and ``workers_left_out`` say how many more there are.
 
         Raises:
             ConfigurationError: the worker is not running.

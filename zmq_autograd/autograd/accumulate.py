@@ -54,7 +54,7 @@ def accumulated(grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor,
 
     Args:
         grads: by leaf, and by other tensors, which have no accumulator.
-        into_grad: add them to the tensors' ``.grad`` too.
+        into_grad: add those of leaves to their ``.grad`` too.
 
     Raises:
         Exception: whatever a hook raises; every ``.grad`` is as it was.
@@ -69,8 +69,9 @@ def accumulated(grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor,
             for leaf, grad in before:
                 leaf.grad = grad
         if into_grad:
-            for tensor, grad in found.items():
-                tensor.grad = grad.clone() if tensor.grad is None else tensor.grad + grad
+            for leaf in leaves:
+                if (grad := found.get(leaf)) is not None:
+                    leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
     return found
 
 

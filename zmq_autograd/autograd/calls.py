@@ -7,12 +7,14 @@ input lies behind; calling a node as a function skips hooks and fails on custom 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from zmq_autograd.autograd.functions import FREED_TEXT
@@ -99,6 +101,21 @@ def _run_engine(
         retain_graph=retain_graph,
         allow_unused=True,
     )
+
+
+def saves_tensors(node: Node) -> bool:
+    """Tell whether `node` saves tensors, so that it runs only once unless its graph is retained."""
+    if issubclass(type(node), BackwardCFunction):
+        try:
+            return bool(cast(Any, node)._raw_saved_tensors)
+        except RuntimeError:  # they have been freed
+            return True
+    return _has_saved_fields(type(node))
+
+
+@functools.cache
+def _has_saved_fields(kind: type[Node]) -> bool:
+    return any(name.startswith("_raw_saved") for name in dir(kind))
 
 
 def mark_freed(node: Node) -> None:

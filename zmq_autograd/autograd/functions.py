@@ -46,7 +46,7 @@ class SendFunction:
     @classmethod
     def of(cls, message_id: int, peer: Any, tensors: Sequence[Tensor]) -> SendFunction:
         """Record that `tensors`, all of one message, are sent to `peer`."""
-        edges = [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+        edges = [edge_of(t) if t.requires_grad else None for t in tensors]
         return cls(message_id, peer, edges, [(t.shape, t.dtype) for t in tensors])
 
     def check(self, grads: Sequence[Tensor | None]) -> None:
@@ -70,12 +70,10 @@ class SendFunction:
             if grad is not None and index in self.freed:
                 raise RuntimeError(FREED_TEXT)
 
-    def free(self, used: Sequence[bool]) -> None:
-        """Let go of the graph of those tensors that gradients have flowed through."""
-        for index, is_used in enumerate(used):
-            if is_used:
-                self.edges[index] = None
-                self.freed.add(index)
+    def free(self, index: int) -> None:
+        """Let go of the graph of one tensor, which cannot be run again."""
+        self.edges[index] = None
+        self.freed.add(index)
 
     @property
     def nbytes(self) -> int:
@@ -87,18 +85,18 @@ class SendFunction:
 class ReceiveFunction:
     """A message that arrived: what gradients flow out of (torch: ``RecvRpcBackward``).
 
+    Each of its tensors is the output of a node of its own, as if each had been computed alone.
+
     Attributes:
         message_id: the message.
         peer: who sent it.
         context_id: the context that it belongs to, 0 for none.
-        positions: which tensors of the message are its node's outputs, in order.
         tensors: how many tensors the message has.
     """
 
     message_id: int
     peer: Any
     context_id: int
-    positions: list[int] = field(default_factory=list)
     tensors: int = 0
 
     def attach(self, tensors: Sequence[Tensor]) -> None:
@@ -107,29 +105,34 @@ class ReceiveFunction:
         They stay the same objects, and are no leaves from now on: they may be changed in place.
         """
         self.tensors = len(tensors)
-        self.positions = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-        outputs = [tensors[i].requires_grad_(False) for i in self.positions]
-        _put_on_graph(self, outputs)
+        # Whatever modes hold here: what the caller could differentiate stays differentiable.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            for position, tensor in enumerate(tensors):
+                if tensor.requires_grad:
+                    holder = [tensor.requires_grad_(False)]
+                    RecvRpc.apply(_TOKEN, self, position, holder)  # type: ignore[no-untyped-call]
 
-    def gradients(self, captured: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Return the gradients of all tensors of the message, given those of its outputs."""
-        grads: list[Tensor | None] = [None] * self.tensors
-        for position, grad in zip(self.positions, captured, strict=True):
-            grads[position] = grad
-        return grads
+
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """Return the place of a tensor that requires grad in the graph, whatever modes hold here."""
+    with torch.inference_mode(mode=False):  # in it torch finds no accumulator of a leaf
+        return get_gradient_edge(tensor)
 
 
 class RecvRpc(Function):
-    """Makes received tensors outputs of one node.  Gradients are captured there: it never runs."""
+    """Makes a received tensor the output of a node, where gradients are captured: it never runs."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, receive: ReceiveFunction, outputs: list[Tensor]) -> Any:
-        """Return `outputs`, which are no inputs, as they are."""
+    def forward(
+        ctx: Any, token: Tensor, receive: ReceiveFunction, position: int, holder: list[Tensor]
+    ) -> Tensor:
+        """Return the tensor in `holder`, which is no input, as it is."""
         ctx.receive = receive
-        return tuple(outputs)
+        ctx.position = position
+        return holder.pop()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         """Refuse: a plain ``.backward()`` came across a boundary between workers."""
         receive: ReceiveFunction = ctx.receive
         if not receive.context_id:
@@ -161,16 +164,16 @@ _LEAF_NODE: Final = type(get_gradient_edge(_TOKEN).node)
 
 
 def receive_of(node: Node) -> ReceiveFunction | None:
-    """Return the receive function that `node` stands for, None if it is another node."""
+    """Return the receive function that `node` belongs to, None if it is another node."""
     return node.receive if type(node) is _RECEIVE_NODE else None  # type: ignore[attr-defined]
+
+
+def position_of(node: Node) -> int:
+    """Return which of the received message's tensors is the output of `node`."""
+    position: int = node.position  # type: ignore[attr-defined]
+    return position
 
 
 def leaf_of(node: Node) -> Tensor | None:
     """Return the leaf that `node` accumulates gradients of, None if it is another node."""
     return node.variable if type(node) is _LEAF_NODE else None  # type: ignore[attr-defined]
-
-
-def _put_on_graph(receive: ReceiveFunction, outputs: list[Tensor]) -> None:
-    # Whatever modes hold here: what the caller could differentiate stays differentiable.
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        RecvRpc.apply(_TOKEN, receive, outputs)  # type: ignore[no-untyped-call]

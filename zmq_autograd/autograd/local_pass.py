@@ -8,15 +8,22 @@ everything here may run in any one thread at a time.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from zmq_autograd.autograd import calls
-from zmq_autograd.autograd.functions import ReceiveFunction, leaf_of, receive_of
+from zmq_autograd.autograd.functions import (
+    ReceiveFunction,
+    edge_of,
+    leaf_of,
+    position_of,
+    receive_of,
+)
 from zmq_autograd.autograd.stages import Slot, Stage, has_tensor_hooks, is_sink, stages_of
 from zmq_autograd.autograd.walk import Walk, walk
 from zmq_autograd.errors import ContextError
@@ -66,6 +73,7 @@ class LocalPass:
 
     Attributes:
         gradients: of leaves and inputs, once every root was resolved and `run` was called.
+        freed: then, which roots' edges, by their places, lead to what was freed.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class LocalPass:
             ContextError: a root was computed from what was received in another context.
         """
         self.gradients: dict[Tensor, Tensor] = {}
+        self.freed: list[tuple[int, int]] = []
         self._context_id = context_id
         self._retain_graph = retain_graph
         self._roots = roots
@@ -103,17 +112,24 @@ class LocalPass:
         slots = [[slot for slot in slots if slot is not None] for slots in self._slots]
         self._stages = stages_of(self._graph, slots, self._wanted_nodes(wanted))
         self._unresolved = sum(1 << root for root, edges in enumerate(slots) if edges)
+        # Edges that gradients have flowed in through.
+        self._used: list[tuple[int, int]] = []
         # What has flowed into nodes that have not run, by number and input.
         self._waiting: dict[int, dict[int, list[Term]]] = {}
         # What has been found for leaves and inputs.
         self._found_terms: dict[Tensor, list[Term]] = {}
+        # By received message, how many of its nodes have not run, and the gradients found so far.
+        found = (receive_of(node) for node in graph.nodes)
+        self._receives = Counter(receive for receive in found if receive is not None)
+        self._emissions: dict[ReceiveFunction, list[Tensor | None]] = {
+            receive: [None] * receive.tensors for receive in self._receives
+        }
         self._check_context()
 
     @property
     def receives(self) -> list[ReceiveFunction]:
         """The receive functions that the roots reach: each will get its gradients."""
-        found = (receive_of(node) for node in self._graph.nodes)
-        return [receive for receive in found if receive is not None]
+        return list(self._receives)
 
     @property
     def is_complete(self) -> bool:
@@ -131,6 +147,7 @@ class LocalPass:
         for index, grad in enumerate(grads or ()):
             slot = self._slots[root][index]
             if slot is not None and grad is not None:
+                self._used.append((root, index))
                 self._add(slot, ((root - len(self._roots), index), grad))
 
     def run(self) -> list[Emission]:
@@ -149,16 +166,14 @@ class LocalPass:
         is_last = bool(self._stages) and not waiting
         self._stages = waiting
         if is_last:
-            found, self._found_terms = self._found_terms, {}
-            # Emptied list by list: what nothing else holds need not be copied later.
-            self.gradients = {tensor: _sum(found.pop(tensor)) for tensor in list(found)}
+            self._finish()
         return emissions
 
     # --- planning --------------------------------------------------------------------------------
 
     def _found(self, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:
         """Return where in the graph `inputs` are, as far as they are in it."""
-        edges = ((get_gradient_edge(tensor), tensor) for tensor in inputs)
+        edges = ((edge_of(tensor), tensor) for tensor in inputs)
         numbers = self._graph.numbers
         return {
             (numbers[edge.node], edge.output_nr): tensor
@@ -173,7 +188,7 @@ class LocalPass:
         return [*receives, *(number for number, _ in self._captures)]
 
     def _check_context(self) -> None:
-        for receive in self.receives:
+        for receive in self._receives:
             if receive.context_id != self._context_id:
                 where = f"in context {receive.context_id}" if receive.context_id else "outside one"
                 raise ContextError(
@@ -183,6 +198,25 @@ class LocalPass:
                 )
 
     # --- running ---------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        found, self._found_terms = self._found_terms, {}
+        # Emptied list by list: what nothing else holds need not be copied later.
+        self.gradients = {tensor: _sum(found.pop(tensor)) for tensor in list(found)}
+        if not self._retain_graph:
+            is_freed = self._saving()
+            for root, index in self._used:
+                slot = self._slots[root][index]
+                if slot is not None and is_freed[slot[0]]:
+                    self.freed.append((root, index))
+
+    def _saving(self) -> list[bool]:
+        """Tell of each node whether it, or one that it leads to, saves tensors."""
+        saving = [calls.saves_tensors(node) for node in self._graph.nodes]
+        for number in range(len(saving) - 1, -1, -1):
+            nexts = self._graph.nexts[number]
+            saving[number] |= any(slot is not None and saving[slot[0]] for slot in nexts)
+        return saving
 
     def _run_stage(self, stage: Stage) -> list[Emission]:
         for number in stage.stepped:
@@ -194,14 +228,21 @@ class LocalPass:
             tensor = self._captures.get(slot) if leaf is None else leaf
             if tensor is not None:
                 self._found_terms.setdefault(tensor, []).append((place, grad))
-        emissions: list[Emission] = []
-        for number in stage.sinks:
-            receive = receive_of(self._graph.nodes[number])
-            if receive is not None:
-                outputs = range(len(receive.positions))
-                grads = receive.gradients([captured.get((number, i)) for i in outputs])
-                emissions.append((receive, grads))
-        return emissions
+        return [
+            emission
+            for number in stage.sinks
+            if (emission := self._received(number, captured.get((number, 0)))) is not None
+        ]
+
+    def _received(self, number: int, grad: Tensor | None) -> Emission | None:
+        """Take the gradient found at a sink; return its message's if all are found now."""
+        node = self._graph.nodes[number]
+        receive = receive_of(node)
+        if receive is None:
+            return None
+        self._emissions[receive][position_of(node)] = grad
+        self._receives[receive] -= 1
+        return None if self._receives[receive] else (receive, self._emissions.pop(receive))
 
     def _step(self, number: int) -> None:
         grads = self._take_sums(number)
@@ -210,7 +251,7 @@ class LocalPass:
         node, nexts = self._graph.nodes[number], self._graph.nexts[number]
         leads = [self._edge(slot) for slot in dict.fromkeys(nexts) if slot is not None]
         passed_on, given = calls.step(node, grads, leads)
-        if not self._retain_graph:
+        if not self._retain_graph and calls.saves_tensors(node):
             calls.mark_freed(node)
         for index, (slot, grad) in enumerate(zip(nexts, passed_on, strict=True)):
             if slot is not None and grad is not None:
@@ -244,11 +285,7 @@ class LocalPass:
         return {slot: grad for slot, grad in zip(slots, found, strict=True) if grad is not None}
 
     def _captured_slots(self, stage: Stage) -> list[Slot]:
-        slots: dict[Slot, None] = {}
-        for number in stage.sinks:
-            receive = receive_of(self._graph.nodes[number])
-            outputs = 1 if receive is None else len(receive.positions)
-            slots |= dict.fromkeys((number, index) for index in range(outputs))
+        slots: dict[Slot, None] = dict.fromkeys((number, 0) for number in stage.sinks)
         if self._captures:
             called = set(stage.called)
             slots |= dict.fromkeys(slot for slot in self._captures if slot[0] in called)

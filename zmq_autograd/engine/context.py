@@ -20,6 +20,7 @@ from zmq_autograd import ids
 from zmq_autograd.autograd.accumulate import is_quick
 from zmq_autograd.autograd.record import Record
 from zmq_autograd.engine.distributed_pass import Losses, Pass, Settings, Told
+from zmq_autograd.engine.graph import collect, to_dot
 from zmq_autograd.engine.host import Host, Peer
 from zmq_autograd.engine.losses import losses_of
 from zmq_autograd.engine.places import Place
@@ -187,6 +188,22 @@ class Context:
             raise self._error(f"its gradients are lost: {self._gradients_broken}")
         return dict(self.record.gradients)
 
+    async def graph(self) -> str:
+        """Return the autograd graph of the context, over all its workers, as Graphviz text (DOT).
+
+        Each worker is a cluster of its send and receive functions.  Edges lead where gradients
+        flow: within a worker from a send function to the receive functions that it was computed
+        from, between workers from a message's receive function to its send function.  What a pass
+        has freed is dashed, without edges.  A worker that is lost, or does not answer within five
+        seconds, is left out with all behind it, and the title says so.
+
+        Raises:
+            ContextError: the context has ended.
+        """
+        if self.is_ended:
+            raise self.ended_error()
+        return to_dot(self.context_id, await collect(self, self._host))
+
     # --- calls -----------------------------------------------------------------------------------
 
     def sending(self, peer: Peer, message_id: int, tensors: Iterable[Tensor]) -> bool:
@@ -244,7 +261,8 @@ class Context:
                 await self.start(settings).completion()
         else:
             await self._ask_owner(self.parent, settings)
-        await self.learn_committed(settings.pass_id)
+        self.learn_committed(settings.pass_id)
+        await self.until_committed()
         if self._gradients_broken is not None:
             raise self._gradients_broken
         if self.is_ended:
@@ -303,6 +321,11 @@ class Context:
         elif not self.is_over(request.pass_id):
             raise self._error(f"no backward pass {request.pass_id} is under way")
 
+    @property
+    def queued(self) -> list[int]:
+        """The passes asked for on this worker that have not started: others have their turn."""
+        return [p for p in self._requested if not self.is_over(p) and self.find_pass(p) is None]
+
     def find_pass(self, pass_id: int) -> Pass | None:
         """Return the pass that runs here or waits to be complete elsewhere, if it is `pass_id`."""
         for found in (self.running, self.staged):
@@ -324,29 +347,29 @@ class Context:
         if not ended.settings.retain_graph:
             self._broken = ended.cause
 
-    async def learn_committed(self, pass_id: int) -> None:
-        """Take in that a pass is complete everywhere: its gradients are the context's from here on.
-
-        Waits for it where another message has just told the same.
-        """
+    def learn_committed(self, pass_id: int) -> None:
+        """Take in that a pass is complete everywhere; `until_committed` waits for its gradients."""
         staged = self.staged
         if staged is not None and staged.pass_id == pass_id:
             self.staged = None
             self.committed = pass_id
-            self._committing = self._host.spawn(self._commit(staged))
+            gradients = staged.take_gradients()
+            into_grad = staged.settings.accumulate_grad
+            self._committing = self._host.spawn(self._commit(gradients, into_grad=into_grad))
+
+    async def until_committed(self) -> None:
+        """Wait until the gradients of the last complete pass are the context's."""
         if self._committing is not None:
             await asyncio.shield(self._committing)
 
-    async def _commit(self, staged: Pass) -> None:
-        gradients = staged.take_gradients()
-        summed = partial(self.record.summed, gradients, into_grad=staged.settings.accumulate_grad)
+    async def _commit(self, gradients: dict[Tensor, Tensor], *, into_grad: bool) -> None:
+        summed = partial(self.record.summed, gradients, into_grad=into_grad)
         try:
             self.record.gradients = (
                 summed() if is_quick(gradients) else await self._host.compute(summed)
             )
         except Exception as error:  # noqa: BLE001  # a user's hook: it is told where it matters
             self._gradients_broken = self._broken = error
-        self._committing = None
         self._owing.update(peer for peer in self.peers if peer.is_connected)
         asyncio.get_running_loop().call_later(COMMIT_SECONDS, self._pay)
 

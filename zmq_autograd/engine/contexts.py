@@ -121,7 +121,8 @@ class Contexts:
         if context is None and request.context_id not in self._ended:
             return StartPassResponse()  # the call went to a handler that took no part in it
         context = self.find(request.context_id)
-        await context.learn_committed(request.committed)
+        # Nothing is awaited before the pass has begun: its gradients may be the next message.
+        context.learn_committed(request.committed)
         if context.is_over(request.pass_id):
             return StartPassResponse(is_complete=False)
         running = context.find_pass(request.pass_id)
@@ -142,7 +143,6 @@ class Contexts:
     ) -> PropagateGradientsResponse:
         """Take gradients over; those of a pass that has ended are dropped."""
         context = self.find(request.metadata.context_id)
-        await context.learn_committed(0)  # a pass that was told first may wait for the last one
         context.propagated(request, peer)
         return PropagateGradientsResponse()
 
@@ -174,7 +174,8 @@ class Contexts:
         """Take in that a pass is complete everywhere."""
         context = self._contexts.get(request.context_id)
         if context is not None:
-            await context.learn_committed(request.committed)
+            context.learn_committed(request.committed)
+            await context.until_committed()
         return CommitPassResponse()
 
     async def backward(self, request: BackwardRequest, peer: Peer) -> BackwardResponse:
@@ -193,7 +194,8 @@ class Contexts:
         if context is None:
             self._remember(request.context_id)  # or a call on its way would make it
         else:
-            await context.learn_committed(request.committed)
+            context.learn_committed(request.committed)
+            await context.until_committed()
             await self.clean_up(context, source=peer)
         return CleanupContextResponse()
 

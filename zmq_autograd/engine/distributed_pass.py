@@ -144,8 +144,8 @@ class Pass:
         self._is_computing = False
         self._has_gradients = False
         self._gradients: dict[Tensor, Tensor] = {}
-        # By message of ours, which of its tensors got a gradient.
-        self._used: dict[int, list[bool]] = {}
+        # Roots' edges whose graph cannot be run again.
+        self._freed: list[tuple[int, int]] = []
         self._aborting: asyncio.Task[Awaited] | None = None
         self._task = host.spawn(self._run())
 
@@ -181,9 +181,9 @@ class Pass:
 
     def take_gradients(self) -> dict[Tensor, Tensor]:
         """Return what it found, once it is complete everywhere; free what it ran through."""
-        if not self.settings.retain_graph:
-            for send in self._sends:
-                send.free(self._used.get(send.message_id, ()))
+        for root, index in self._freed:
+            if root:
+                self._sends[root - 1].free(index)
         gradients, self._gradients = self._gradients, {}
         return gradients
 
@@ -208,7 +208,6 @@ class Pass:
         send.check(grads)
         number = self._awaited.pop(message_id, None)
         if number is not None:
-            self._used[message_id] = [grad is not None for grad in grads]
             self._resolve(number, grads)
 
     def peer_lost(self, peer: Peer) -> None:
@@ -232,6 +231,7 @@ class Pass:
     async def _run(self) -> None:
         self._context.enter(self.pass_id)
         try:
+            await self._context.until_committed()
             async with asyncio.TaskGroup() as group:
                 await self._run_part(group)
         except BaseException as error:  # noqa: BLE001  # whatever it is, all must hear of it
@@ -254,7 +254,7 @@ class Pass:
             await self._changed.wait()
             for receive, grads in await self._advanced(local):
                 self._host.spawn(self._propagate(receive, grads))
-        self._gradients = local.gradients
+        self._gradients, self._freed = local.gradients, local.freed
 
     def _planned(self, at_most: float = math.inf) -> LocalPass:
         """Return the plan of this worker's part; raise `TooManyNodes` if it has so many."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
+from zmq_autograd.autograd.functions import edge_of
 from zmq_autograd.engine.distributed_pass import Losses
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.wire.limits import short
@@ -68,7 +69,7 @@ def _edge(what: str, tensor: Tensor) -> GradientEdge:
             f"{what}: expected a tensor that requires grad, got one of shape "
             f"{list(tensor.shape)} that does not require grad and has no grad_fn"
         )
-    return get_gradient_edge(tensor)
+    return edge_of(tensor)
 
 
 def _grad(root: Tensor, grad: Tensor | None) -> Tensor:

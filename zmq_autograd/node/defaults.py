@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zmq_autograd.engine import Contexts
+from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
+from zmq_autograd.errors import ContextError, NotRegistered
+from zmq_autograd.node.current import current_call
 from zmq_autograd.node.registry import Entry, Registry
 from zmq_autograd.node.status import status_of
 from zmq_autograd.wire.messages import (
@@ -39,6 +42,10 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
     dispatcher.add_default(Status, status)
     for kind, handler in node.contexts.handlers.items():
         dispatcher.add_default(kind, handler)
+    try:
+        registry.find(GRAPH_FUNCTION, node.name)
+    except NotRegistered:  # in the worker's first life: what is registered outlasts its node
+        registry.register(_graph, GRAPH_FUNCTION, internal=True)
 
 
 async def _outside(request: ForwardRequest, entry: Entry, pool: ComputePool) -> Reply:
@@ -55,10 +62,24 @@ async def _inside(
     contexts: Contexts = node.contexts
     context = contexts.join(metadata.context_id, peer)
     context.received(peer, metadata.message_id, tensors_in([request.args, request.kwargs]))
-    await context.learn_committed(request.committed)
+    context.learn_committed(request.committed)
+    await context.until_committed()
     reply = AutogradMetadata(context.context_id, context.enter(metadata.message_id).reply_id)
     result = await entry.call(request.args, dict(request.kwargs), node.pool)
     is_on_graph = context.sending(peer, reply.message_id, tensors_in(result))
     return ForwardResponse(
         result, reply if is_on_graph else None, committed=context.tell_committed(peer)
     )
+
+
+async def _graph(context_id: int, committed: int, seconds: float, is_parent: bool) -> list[Any]:
+    """Tell who shares the context of its graph on this worker and on those behind it."""
+    call = current_call.get()
+    if call is None:
+        raise RuntimeError("expected to be called by another worker")
+    node: Node = call.node
+    try:
+        context = node.contexts.find(context_id)
+    except ContextError:
+        return []
+    return await answer(context, node, call.peer, committed, seconds, is_parent=is_parent)
