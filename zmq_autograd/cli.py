@@ -2,18 +2,20 @@
 
 Reads arguments, calls what does the work, and turns what it raises into an exit code: 0 for
 success, 1 for a failure told in one line, 2 for a command that makes no sense; a launched program's
-own code is passed on.  The work is in `launch.local` and `launch.serve`.
+own code is passed on.  The work is in `launch.local`, `launch.serve` and `node.status`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any, cast
 
 from zmq_autograd.errors import ZmqAutogradError
 
@@ -64,6 +66,28 @@ def _worker(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     return 0
 
 
+def _status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from zmq_autograd.node.status import as_text
+
+    status = asyncio.run(_asked_status(options.endpoint, options.timeout))
+    if options.json:
+        print(json.dumps(status, indent=2, default=str, skipkeys=True))
+    else:
+        print(as_text(status), end="")
+    return 0
+
+
+async def _asked_status(endpoint: str, timeout: float) -> Any:
+    from zmq_autograd.wire.messages import Status, StatusResponse
+    from zmq_autograd.worker import connect
+
+    deadline = asyncio.get_running_loop().time() + timeout
+    async with connect(endpoint, timeout=timeout) as remote:
+        left = max(0.0, deadline - asyncio.get_running_loop().time())
+        reply = await remote.request(Status(), timeout=left)
+        return cast(StatusResponse, reply).status
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zmq-autograd", description="Distributed autograd for PyTorch over ZeroMQ."
@@ -72,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_launch(commands.add_parser("launch", help="run a script in several local processes"))
     _add_worker(commands.add_parser("worker", help="run one worker"))
+    _add_status(commands.add_parser("status", help="show what a worker is doing"))
     return parser
 
 
@@ -118,6 +143,22 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
         help="listen beyond the loopback address without keys: the network is trusted",
     )
     parser.set_defaults(run=_worker)
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Ask a running worker for its sessions, contexts and passes, and what each pass waits for."
+    )
+    parser.add_argument("endpoint", metavar="ENDPOINT", help="as in tcp://127.0.0.1:5555")
+    parser.add_argument("--json", action="store_true", help="print the values themselves")
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="time for the worker to answer (default: %(default)s)",
+    )
+    parser.set_defaults(run=_status)
 
 
 def _seconds(text: str) -> float:

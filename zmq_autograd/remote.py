@@ -13,10 +13,9 @@ from torch import Tensor
 
 from zmq_autograd.autograd.functions import cut_off
 from zmq_autograd.engine import Context, Contexts, Scope, current_scope
-from zmq_autograd.errors import ConfigurationError, ContextError, SerializationError
+from zmq_autograd.errors import ContextError, SerializationError
 from zmq_autograd.node import RESERVED_PREFIX, current_modes
-from zmq_autograd.session import Identity
-from zmq_autograd.wire.limits import short
+from zmq_autograd.session import Identity, checked_timeout
 from zmq_autograd.wire.messages import (
     AutogradMetadata,
     ForwardRequest,
@@ -30,22 +29,6 @@ from zmq_autograd.wire.values import tensors_in
 
 DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a call waits for its reply by default, as in torch.distributed.rpc."""
-
-FOR_EVER: Final = 1e9
-"""Seconds above which a timeout is none."""
-
-
-def checked_timeout(timeout: float | None) -> float | None:
-    """Return `timeout` in seconds, None for ever.
-
-    Raises:
-        ConfigurationError: it is negative or not a number.
-    """
-    if timeout is None:
-        return None
-    if not isinstance(timeout, (int, float)) or not timeout >= 0:
-        raise ConfigurationError(f"timeout: expected seconds >= 0 or None, got {short(timeout)}")
-    return None if timeout > FOR_EVER else timeout
 
 
 class Requests(Protocol):

@@ -19,8 +19,8 @@ from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node import Dispatcher, Expose, Handler, Node, Registry, current_call
 from zmq_autograd.node.signals import stopped_by_signals
 from zmq_autograd.node.status import status_of
-from zmq_autograd.remote import RemoteWorker, checked_timeout
-from zmq_autograd.session import HEARTBEAT_SECONDS, LOST_AFTER_SECONDS, Identity
+from zmq_autograd.remote import RemoteWorker
+from zmq_autograd.session import HEARTBEAT_SECONDS, LOST_AFTER_SECONDS, Identity, checked_timeout
 from zmq_autograd.transport import is_loopback
 from zmq_autograd.wire import DEFAULT_LIMITS, Limits
 from zmq_autograd.wire.messages import Reply, Request

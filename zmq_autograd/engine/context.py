@@ -25,6 +25,7 @@ from zmq_autograd.engine.host import Host, Peer
 from zmq_autograd.engine.losses import losses_of
 from zmq_autograd.engine.places import Place
 from zmq_autograd.errors import ContextError, DeadlineExceeded, ZmqAutogradError
+from zmq_autograd.session import checked_timeout
 from zmq_autograd.wire.messages import BackwardRequest, CommitPass, PropagateGradientsRequest
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class Context:
         Cancelling it aborts the pass everywhere.
         """
         self.check_usable()
+        timeout = checked_timeout(timeout)
         losses = losses_of(roots, grad_tensors, inputs, create_graph=create_graph)
         settings = Settings(ids.random_id(), retain_graph, inputs is not None, accumulate_grad)
         self._requested[settings.pass_id] = losses
@@ -363,6 +365,7 @@ class Context:
             await asyncio.shield(self._committing)
 
     async def _commit(self, gradients: dict[Tensor, Tensor], *, into_grad: bool) -> None:
+        self.enter(self.committed)
         summed = partial(self.record.summed, gradients, into_grad=into_grad)
         try:
             self.record.gradients = (

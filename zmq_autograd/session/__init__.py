@@ -14,6 +14,7 @@ from zmq_autograd.session.actions import (
     Send,
     StopRequest,
 )
+from zmq_autograd.session.deadlines import checked_timeout
 from zmq_autograd.session.failures import error_response, exception_from
 from zmq_autograd.session.liveness import LOST_AFTER_SECONDS
 from zmq_autograd.session.state import Session, State
@@ -31,6 +32,7 @@ __all__ = [
     "Session",
     "State",
     "StopRequest",
+    "checked_timeout",
     "error_response",
     "exception_from",
 ]

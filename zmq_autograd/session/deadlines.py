@@ -6,8 +6,28 @@ import heapq
 from collections.abc import Collection
 from typing import Final
 
+from zmq_autograd.errors import ConfigurationError
+from zmq_autograd.wire.limits import short
+
 _SPARE: Final = 64
 """Entries of ended requests that are not worth clearing away."""
+
+
+FOR_EVER: Final = 1e9
+"""Seconds above which a timeout is none."""
+
+
+def checked_timeout(timeout: float | None) -> float | None:
+    """Return `timeout` in seconds, None for ever.
+
+    Raises:
+        ConfigurationError: it is negative or not a number.
+    """
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise ConfigurationError(f"timeout: expected seconds >= 0 or None, got {short(timeout)}")
+    return None if timeout > FOR_EVER else timeout
 
 
 class Deadlines:
