@@ -21,8 +21,10 @@ _GRADS_SWAPPED: Final = threading.Lock()
 
 
 QUICK_TENSORS: Final = 32
+"""Leaves whose accumulators run in about the time that it takes to hand them to a thread."""
 
 QUICK_ELEMENTS: Final = 64 * 1024
+"""Elements of their gradients, likewise."""
 
 
 class _Deliver(Function):
@@ -43,7 +45,8 @@ class _Deliver(Function):
 def is_quick(grads: dict[Tensor, Tensor]) -> bool:
     """Tell whether `accumulated` takes less than to hand it to a thread, as far as can be seen."""
     return (
-        len(grads) <= QUICK_TENSORS
+        not _GRADS_SWAPPED.locked()
+        and len(grads) <= QUICK_TENSORS
         and sum(grad.numel() for grad in grads.values()) <= QUICK_ELEMENTS
         and not any(leaf._post_accumulate_grad_hooks or has_tensor_hooks(leaf) for leaf in grads)
     )

@@ -140,7 +140,8 @@ def set_order(nodes: Sequence[Node]) -> None:
     """Have torch's engine run `nodes` in this order, where it is free to choose.
 
     Its own order goes by numbers that count per thread, so it changes from run to run where parts
-    of a graph were made in different threads.
+    of a graph were made in different threads.  Older versions of torch cannot be told.
     """
     for number, node in enumerate(reversed(nodes)):
-        node._set_sequence_nr(number)  # type: ignore[attr-defined]
+        if hasattr(node, "_set_sequence_nr"):
+            node._set_sequence_nr(number)

@@ -81,7 +81,7 @@ class Context:
         self.staged: Pass | None = None
         self.table = table
         self._host = host
-        self._broken: BaseException | None = None
+        self._broken: str | None = None
         self._gradients_broken: BaseException | None = None
         self._committing: asyncio.Task[None] | None = None
         self._owing: set[Peer] = set()
@@ -347,7 +347,8 @@ class Context:
         if ended.pass_id in self._requested and ended.cause is not None:
             self._causes[ended.pass_id] = ended.cause
         if not ended.settings.retain_graph:
-            self._broken = ended.cause
+            # Not the error itself: its traceback holds on to the graph.
+            self._broken = str(ended.cause)
 
     def learn_committed(self, pass_id: int) -> None:
         """Take in that a pass is complete everywhere; `until_committed` waits for its gradients."""
@@ -372,7 +373,7 @@ class Context:
                 summed() if is_quick(gradients) else await self._host.compute(summed)
             )
         except Exception as error:  # noqa: BLE001  # a user's hook: it is told where it matters
-            self._gradients_broken = self._broken = error
+            self._gradients_broken, self._broken = error, str(error)
         self._owing.update(peer for peer in self.peers if peer.is_connected)
         asyncio.get_running_loop().call_later(COMMIT_SECONDS, self._pay)
 
@@ -410,7 +411,7 @@ class Context:
         for ended in (self.running, self.staged):
             if ended is not None:
                 ended.abort(self.ended_error())
-        self.running = self.staged = None
+        self.running = self.staged = self._gradients_broken = None
         self.record.clear()
         self._requested.clear()
 

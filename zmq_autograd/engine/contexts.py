@@ -83,13 +83,18 @@ class Contexts:
         context.peers.setdefault(peer)
         return context
 
-    def find(self, context_id: int) -> Context:
-        """Return a context.
+    def _of(self, context_id: int, peer: Peer) -> Context | None:
+        """Return a context that `peer` has to do with; any other is none of its business."""
+        context = self._contexts.get(context_id)
+        return context if context is not None and peer in context.peers else None
+
+    def find(self, context_id: int, peer: Peer) -> Context:
+        """Return a context that `peer` has to do with.
 
         Raises:
-            ContextError: there is none of that id, or no longer.
+            ContextError: there is no such context, or no longer.
         """
-        context = self._contexts.get(context_id)
+        context = self._of(context_id, peer)
         if context is None:
             raise self._unknown(context_id)
         return context
@@ -117,17 +122,21 @@ class Contexts:
 
     async def start_pass(self, request: StartPass, peer: Peer) -> StartPassResponse:
         """Take part in a pass, and return when this part of it is complete."""
-        context = self._contexts.get(request.context_id)
-        if context is None and request.context_id not in self._ended:
-            return StartPassResponse()  # the call went to a handler that took no part in it
-        context = self.find(request.context_id)
+        context = self._of(request.context_id, peer)
+        if context is None:
+            if request.context_id in self._ended:
+                raise self._unknown(request.context_id)
+            return StartPassResponse(
+                takes_part=False
+            )  # the call went to a handler that took no part in it
         # Nothing is awaited before the pass has begun: its gradients may be the next message.
         context.learn_committed(request.committed)
-        if context.is_over(request.pass_id):
+        if context.is_over(request.pass_id) and context.find_pass(request.pass_id) is None:
             return StartPassResponse(is_complete=False)
         running = context.find_pass(request.pass_id)
         if running is not None:
             running.announced(peer, request.message_ids)
+            await running.has_told()  # so that who hears the reply knows what will come from here
             return StartPassResponse(is_complete=False)
         settings = Settings(
             request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
@@ -142,13 +151,13 @@ class Contexts:
         self, request: PropagateGradientsRequest, peer: Peer
     ) -> PropagateGradientsResponse:
         """Take gradients over; those of a pass that has ended are dropped."""
-        context = self.find(request.metadata.context_id)
+        context = self.find(request.metadata.context_id, peer)
         context.propagated(request, peer)
         return PropagateGradientsResponse()
 
     async def abort_pass(self, request: AbortPass, peer: Peer) -> AbortPassResponse:
         """End a pass here and behind."""
-        context = self._contexts.get(request.context_id)
+        context = self._of(request.context_id, peer)
         if context is None:
             return AbortPassResponse()
         running = context.find_pass(request.pass_id)
@@ -172,7 +181,7 @@ class Contexts:
 
     async def commit_pass(self, request: CommitPass, peer: Peer) -> CommitPassResponse:
         """Take in that a pass is complete everywhere."""
-        context = self._contexts.get(request.context_id)
+        context = self._of(request.context_id, peer)
         if context is not None:
             context.learn_committed(request.committed)
             await context.until_committed()
@@ -183,20 +192,20 @@ class Contexts:
         settings = Settings(
             request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
         )
-        await self.find(request.context_id).run_pass(settings)
+        await self.find(request.context_id, peer).run_pass(settings)
         return BackwardResponse()
 
     async def cleanup_context(
         self, request: CleanupContextRequest, peer: Peer
     ) -> CleanupContextResponse:
         """Drop a context, here and behind."""
-        context = self._contexts.get(request.context_id)
-        if context is None:
-            self._remember(request.context_id)  # or a call on its way would make it
-        else:
+        context = self._of(request.context_id, peer)
+        if context is not None:
             context.learn_committed(request.committed)
             await context.until_committed()
             await self.clean_up(context, source=peer)
+        elif request.context_id not in self._contexts:
+            self._remember(request.context_id)  # or a call on its way would make it
         return CleanupContextResponse()
 
     # --- ending ----------------------------------------------------------------------------------

@@ -140,6 +140,10 @@ class Pass:
         # Roots with their gradients, None for undefined, that the local pass has not been given.
         self._resolved: Resolved = []
         self._changed = asyncio.Event()
+        # Messages of ours whose graph is freed, and whose gradients will come all the same: unless
+        # they are undefined, the pass must fail.
+        self._stale: set[int] = set()
+        self._has_told = asyncio.Event()
         self._incomplete = set(self._peers)
         self._is_computing = False
         self._has_gradients = False
@@ -191,7 +195,16 @@ class Pass:
 
     def announced(self, peer: Peer, message_ids: Iterable[int]) -> None:
         """Take in that `peer` takes part, and which gradients it will propagate to this worker."""
-        self._undefine(peer, frozenset(message_ids))
+        coming = frozenset(message_ids)
+        sends = self._context.record.sends
+        self._stale |= {
+            i for i in coming if i not in self._numbers and i in sends and sends[i].freed
+        }
+        self._undefine(peer, coming)
+
+    async def has_told(self) -> None:
+        """Wait until this worker has told everybody what gradients it will propagate."""
+        await self._has_told.wait()
 
     def propagated(self, peer: Peer, message_id: int, grads: Sequence[Tensor | None]) -> None:
         """Take in the gradients for a message of ours; what is not awaited is dropped.
@@ -206,6 +219,8 @@ class Pass:
         if send.peer is not peer:
             raise ProtocolError(f"message {message_id} was not sent to worker {peer.name!r}")
         send.check(grads)
+        self._stale.discard(message_id)
+        self._changed.set()
         number = self._awaited.pop(message_id, None)
         if number is not None:
             self._resolve(number, grads)
@@ -250,7 +265,8 @@ class Pass:
         except TooManyNodes:
             local = await self._compute(self._planned)
         self._tell_all(local.receives, group)
-        while not local.is_complete:
+        self._has_told.set()
+        while self._stale or not local.is_complete:
             await self._changed.wait()
             for receive, grads in await self._advanced(local):
                 self._host.spawn(self._propagate(receive, grads))
@@ -284,7 +300,7 @@ class Pass:
             awaited.setdefault(send.peer, []).append(send.message_id)
         for peer in self._peers:
             told = self._told_by
-            if told is not None and told.peer is peer and told.awaited_ids.issubset(coming[peer]):
+            if told is not None and told.peer is peer and told.awaited_ids == set(coming[peer]):
                 self._incomplete.discard(peer)  # it knows all that it would be told
             else:
                 group.create_task(self._tell(peer, coming[peer], awaited[peer]))
@@ -314,7 +330,7 @@ class Pass:
             timeout=None,
         )
         self._incomplete.discard(peer)
-        if isinstance(reply, StartPassResponse) and reply.is_complete:
+        if isinstance(reply, StartPassResponse) and not reply.takes_part:
             self._undefine(peer)
 
     async def _propagate(self, receive: ReceiveFunction, grads: list[Tensor | None]) -> None:
@@ -349,6 +365,7 @@ class Pass:
             self._aborting = self._host.spawn(self._tell_aborted(cause, awaited, source))
             self._context.pass_aborted(self)
             self._gradients.clear()
+            self._has_told.set()
             if self._task is not asyncio.current_task():
                 self._task.cancel()
         return self._aborting

@@ -113,16 +113,16 @@ async def answer(
     Args:
         context: this worker's view of the context.
         host: this worker.
-        asker: who asks.
+        asker: who asks, one of those that share the context.
         committed: the last pass that the asker knows to be complete; the answer is from after it.
         seconds: how long the asker waits.
         is_parent: the asker says that it got the context from this worker.
     """
-    if asker not in context.peers or (not is_parent and asker is not context.parent):
+    if not is_parent and asker is not context.parent:
         return []
     context.learn_committed(committed)
     await context.until_committed()
-    parts = await collect(context, host, asker, PATIENCE * min(seconds, GRAPH_SECONDS))
+    parts = await collect(context, host, asker, PATIENCE * seconds)
     return [_plain(part) for part in _within_limit(parts)]
 
 
@@ -142,7 +142,7 @@ async def _ask(peer: Peer, context: Context, seconds: float) -> list[WorkerGraph
 async def _part_of(context: Context, host: Host) -> WorkerGraph:
     sends = list(context.record.sends.values())
     roots = [[edge.node for edge in send.edges if edge is not None] for send in sends]
-    found = await host.compute(lambda: _reached(roots, context.context_id))
+    found = await host.compute(lambda: _reached(roots))
     nodes = [
         SendNode(send.message_id, send.nbytes, bool(send.freed), leaves, receives)
         for send, (leaves, receives) in zip(sends, found, strict=True)
@@ -150,7 +150,7 @@ async def _part_of(context: Context, host: Host) -> WorkerGraph:
     return WorkerGraph(host.name, nodes, list(context.record.receives))
 
 
-def _reached(roots: Sequence[Sequence[Node]], context_id: int) -> list[tuple[int, list[int]]]:
+def _reached(roots: Sequence[Sequence[Node]]) -> list[tuple[int, list[int]]]:
     """Return for each list of roots how many leaves it leads to, and ids of received messages."""
     graph = walk(node for nodes in roots for node in nodes)
     masks = [0] * len(graph.nodes)
@@ -158,7 +158,8 @@ def _reached(roots: Sequence[Sequence[Node]], context_id: int) -> list[tuple[int
         for node in nodes:
             masks[graph.numbers[node]] |= 1 << bit
     leaves = [0] * len(roots)
-    receives: list[list[int]] = [[] for _ in roots]
+    # Each at most once, although each tensor of a message has a node of its own.
+    receives: list[dict[int, None]] = [{} for _ in roots]
     for number, node in enumerate(graph.nodes):
         for slot in graph.nexts[number]:
             if slot is not None:
@@ -167,10 +168,10 @@ def _reached(roots: Sequence[Sequence[Node]], context_id: int) -> list[tuple[int
         if leaf_of(node) is not None:
             for bit in _bits(masks[number]):
                 leaves[bit] += 1
-        elif receive is not None and receive.context_id == context_id:
+        elif receive is not None:
             for bit in _bits(masks[number]):
-                receives[bit].append(receive.message_id)
-    return list(zip(leaves, receives, strict=True))
+                receives[bit][receive.message_id] = None
+    return [(count, list(ids)) for count, ids in zip(leaves, receives, strict=True)]
 
 
 def _bits(mask: int) -> Iterator[int]:

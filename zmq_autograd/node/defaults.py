@@ -79,7 +79,7 @@ async def _graph(context_id: int, committed: int, seconds: float, is_parent: boo
         raise RuntimeError("expected to be called by another worker")
     node: Node = call.node
     try:
-        context = node.contexts.find(context_id)
+        context = node.contexts.find(context_id, call.peer)
     except ContextError:
         return []
     return await answer(context, node, call.peer, committed, seconds, is_parent=is_parent)

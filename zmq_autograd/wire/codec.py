@@ -135,7 +135,7 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "committed": f.ID,
         },
     ),
-    m.StartPassResponse: Schema(0x45, {"is_complete": f.BOOL}),
+    m.StartPassResponse: Schema(0x45, {"is_complete": f.BOOL, "takes_part": f.BOOL}),
     m.AbortPass: Schema(
         0x46,
         {

@@ -75,14 +75,16 @@ class CleanupContextRequest(Request):
 
 @dataclass(frozen=True, slots=True)
 class StartPassResponse(Reply):
-    """The receiver takes part in the pass.
+    """The pass is known here.
 
     Attributes:
-        is_complete: its part is complete, and so are the parts of all whom it told first; False
-            if it was told of the pass before, by somebody else.
+        is_complete: this worker's part is complete, and so are the parts of all whom it told first;
+            False if it was told of the pass before, by somebody else.
+        takes_part: False if nothing of the context is known here, so that no gradients will come.
     """
 
     is_complete: bool = True
+    takes_part: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,8 @@ class StartPass(Request):
         message_ids: forward messages of the receiver's over which the sender will propagate
             gradients, defined or not; whatever else the receiver sent it gets none.
         awaited_ids: forward messages of the sender's over which it awaits gradients from the
-            receiver.  Who hears of the pass by this message answers with a `StartPass` of its own
-            only if it will not propagate all of them.
+            receiver.  Who hears of the pass by this message answers with a `StartPass` of its own,
+            unless it will propagate exactly those.
         retain_graph: keep the graph for another pass.
         inputs_only: accumulate no gradients of leaves: the initiator named those that it wants.
         accumulate_grad: add the gradients of leaves to their ``.grad`` too.
