@@ -84,7 +84,8 @@ def _grad(root: Tensor, grad: Tensor | None) -> Tensor:
                 "grad can be implicitly created only for real scalar outputs, got "
                 f"{root.dtype}: give it in grad_tensors"
             )
-        return torch.ones_like(root, memory_format=torch.preserve_format)
+        with torch.inference_mode(mode=False):  # the graph cannot take in what is made in it
+            return torch.ones_like(root)
     if not isinstance(grad, Tensor):
         raise ConfigurationError(f"grad_tensors: expected tensors or None, got {short(grad)}")
     if grad.shape != root.shape or grad.dtype.is_complex != root.dtype.is_complex:
