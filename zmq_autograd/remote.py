@@ -219,7 +219,8 @@ class RemoteWorker:
             kwargs,
             AutogradMetadata(context.context_id, message_id),
             current_modes(),
-            committed=context.tell_committed(self),
+            committed=context.passes.tell_committed(self),
+            from_owner=context.parent is None,
         )
         try:
             reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
@@ -228,6 +229,6 @@ class RemoteWorker:
             raise
         if reply.metadata is not None:
             context.received(self, reply.metadata.message_id, tensors_in(reply.result))
-        context.learn_committed(reply.committed)
-        await context.until_committed()
+        context.passes.learn_committed(reply.committed)
+        await context.passes.until_committed()
         return reply.result

@@ -123,6 +123,7 @@ def call(function: str, *args: Any, **fields: Any) -> dict[str, Any]:
         "modes": [True, False, []],
         "profiler": None,
         "committed": 0,
+        "from_owner": False,
     } | fields
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from zmq_autograd.autograd.functions import FREED_TEXT
 
@@ -94,12 +94,16 @@ def _run_engine(
     *,
     retain_graph: bool,
 ) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        list(outputs),
-        list(inputs),
-        grad_outputs=list(grads),
-        retain_graph=retain_graph,
-        allow_unused=True,
+    # Not `torch.autograd.grad`: where gradients are given, that imports sympy, which takes half a
+    # second of a process's first pass.
+    return _engine_run_backward(
+        tuple(outputs),
+        tuple(grads),
+        retain_graph,
+        False,  # create_graph
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )
 
 

@@ -14,7 +14,7 @@ from zmq_autograd import ids
 from zmq_autograd.engine.context import Context
 from zmq_autograd.engine.distributed_pass import Settings, Told
 from zmq_autograd.engine.host import Host, Peer, tell
-from zmq_autograd.errors import ContextError
+from zmq_autograd.errors import ContextError, WorkerLost
 from zmq_autograd.session import exception_from
 from zmq_autograd.wire.messages import (
     AbortPass,
@@ -51,7 +51,8 @@ class Contexts:
         """Make an empty table for the worker `host`."""
         self._host = host
         self._contexts: dict[int, Context] = {}
-        self._ended: OrderedDict[int, float] = OrderedDict()
+        # When each ended, and by whose loss, if that was why.
+        self._ended: OrderedDict[int, tuple[float, str]] = OrderedDict()
 
     def __iter__(self) -> Iterator[Context]:
         return iter(list(self._contexts.values()))
@@ -69,19 +70,34 @@ class Contexts:
         """Have a new context from now on."""
         self._contexts[context.context_id] = context
 
-    def join(self, context_id: int, peer: Peer) -> Context:
+    def join(self, context_id: int, peer: Peer, *, from_owner: bool) -> Context:
         """Return the context that a call of `peer`'s came in, made if it is new here.
+
+        Args:
+            context_id: the context.
+            peer: who called.
+            from_owner: it is the worker that opened the context.
 
         Raises:
             ContextError: it has ended.
+            WorkerLost: it has ended since a worker was lost on the way to its owner.
         """
         context = self._contexts.get(context_id)
         if context is None:
-            if context_id in self._ended:
-                raise self._unknown(context_id)
+            self._check_not_ended(context_id)
             context = self._contexts[context_id] = Context(context_id, self._host, self, peer)
         context.peers.setdefault(peer)
+        if from_owner:
+            context.owner = peer
         return context
+
+    def _check_not_ended(self, context_id: int) -> None:
+        if context_id in self._ended:
+            _, lost = self._ended[context_id]
+            if not lost:
+                raise self._unknown(context_id)
+            reason = f"context {context_id} on worker {self._host.name!r} ended with it"
+            raise WorkerLost(lost, reason=reason)
 
     def _of(self, context_id: int, peer: Peer) -> Context | None:
         """Return a context that `peer` has to do with; any other is none of its business."""
@@ -96,6 +112,7 @@ class Contexts:
         """
         context = self._of(context_id, peer)
         if context is None:
+            self._check_not_ended(context_id)
             raise self._unknown(context_id)
         return context
 
@@ -124,16 +141,15 @@ class Contexts:
         """Take part in a pass, and return when this part of it is complete."""
         context = self._of(request.context_id, peer)
         if context is None:
-            if request.context_id in self._ended:
-                raise self._unknown(request.context_id)
+            self._check_not_ended(request.context_id)
             return StartPassResponse(
                 takes_part=False
             )  # the call went to a handler that took no part in it
         # Nothing is awaited before the pass has begun: its gradients may be the next message.
-        context.learn_committed(request.committed)
-        if context.is_over(request.pass_id) and context.find_pass(request.pass_id) is None:
+        context.passes.learn_committed(request.committed)
+        if context.passes.is_over(request.pass_id) and context.passes.find(request.pass_id) is None:
             return StartPassResponse(is_complete=False)
-        running = context.find_pass(request.pass_id)
+        running = context.passes.find(request.pass_id)
         if running is not None:
             running.announced(peer, request.message_ids)
             await running.has_told()  # so that who hears the reply knows what will come from here
@@ -142,7 +158,7 @@ class Contexts:
             request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
         )
         told_by = Told(peer, frozenset(request.awaited_ids))
-        running = context.start(settings, told_by)
+        running = context.passes.start(settings, told_by)
         running.announced(peer, request.message_ids)
         await running.completion()
         return StartPassResponse()
@@ -152,17 +168,13 @@ class Contexts:
     ) -> PropagateGradientsResponse:
         """Take gradients over; those of a pass that has ended are dropped."""
         context = self.find(request.metadata.context_id, peer)
-        context.propagated(request, peer)
+        context.passes.propagated(request, peer)
         return PropagateGradientsResponse()
 
     async def abort_pass(self, request: AbortPass, peer: Peer) -> AbortPassResponse:
         """End a pass here and behind."""
         context = self._of(request.context_id, peer)
         if context is None:
-            return AbortPassResponse()
-        running = context.find_pass(request.pass_id)
-        if running is None:
-            context.never_start(request.pass_id)
             return AbortPassResponse()
         error = ErrorResponse(
             request.code,
@@ -176,15 +188,19 @@ class Contexts:
             request.message_ids,
             request.workers,
         )
-        awaited = await running.abort(exception_from(error, peer.name), peer)
+        cause = exception_from(error, peer.name)
+        running = context.passes.find(request.pass_id)
+        if running is not None:
+            running.abort(cause)
+        awaited = await context.passes.tell_aborted(request.pass_id, cause, peer)
         return AbortPassResponse(sorted(awaited.message_ids), sorted(awaited.workers))
 
     async def commit_pass(self, request: CommitPass, peer: Peer) -> CommitPassResponse:
         """Take in that a pass is complete everywhere."""
         context = self._of(request.context_id, peer)
         if context is not None:
-            context.learn_committed(request.committed)
-            await context.until_committed()
+            context.passes.learn_committed(request.committed)
+            await context.passes.until_committed()
         return CommitPassResponse()
 
     async def backward(self, request: BackwardRequest, peer: Peer) -> BackwardResponse:
@@ -192,35 +208,37 @@ class Contexts:
         settings = Settings(
             request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
         )
-        await self.find(request.context_id, peer).run_pass(settings)
+        await self.find(request.context_id, peer).passes.run(settings)
         return BackwardResponse()
 
     async def cleanup_context(
         self, request: CleanupContextRequest, peer: Peer
     ) -> CleanupContextResponse:
-        """Drop a context, here and behind."""
+        """Drop a context, here and behind; it ends by its owner's will, told along the parents."""
         context = self._of(request.context_id, peer)
-        if context is not None:
-            context.learn_committed(request.committed)
-            await context.until_committed()
-            await self.clean_up(context, source=peer)
-        elif request.context_id not in self._contexts:
-            self._remember(request.context_id)  # or a call on its way would make it
+        if context is not None and peer in (context.parent, context.owner):
+            context.passes.learn_committed(request.committed)
+            await context.passes.until_committed()
+            await self.clean_up(context, source=peer, lost=request.lost)
+        elif not (request.context_id in self._contexts or request.context_id in self._ended):
+            # Or a call on its way would make it.
+            self._remember(request.context_id, request.lost)
         return CleanupContextResponse()
 
     # --- ending ----------------------------------------------------------------------------------
 
-    async def clean_up(self, context: Context, source: Peer | None = None) -> None:
+    async def clean_up(self, context: Context, source: Peer | None = None, lost: str = "") -> None:
         """End `context` here and on every worker behind; never raises because of one of those.
 
         Args:
             context: one of this table.
             source: who asked for it, and so needs not be told.
+            lost: the worker whose loss is why.
         """
-        self._forget(context)
+        self._forget(context, lost)
         seconds = CLEANUP_SECONDS if source is None else CLEANUP_SECONDS / 2
         others = [peer for peer in context.peers if peer is not source and peer.is_connected]
-        request = CleanupContextRequest(context.context_id, context.committed)
+        request = CleanupContextRequest(context.context_id, context.passes.committed, lost)
         await tell(self._host, others, request, seconds)
 
     def peer_lost(self, peer: Peer) -> None:
@@ -228,23 +246,23 @@ class Contexts:
         for context in self:
             context.peer_lost(peer)
             if context.parent is peer:
-                self._host.spawn(self.clean_up(context, source=peer))
+                self._host.spawn(self.clean_up(context, source=peer, lost=peer.name))
 
     def close(self) -> None:
         """End all contexts; the other workers learn it when this one has gone."""
         for context in self:
             self._forget(context)
 
-    def _forget(self, context: Context) -> None:
+    def _forget(self, context: Context, lost: str = "") -> None:
         self._contexts.pop(context.context_id, None)
-        self._remember(context.context_id)
-        context.end()
+        self._remember(context.context_id, lost)
+        context.end(lost)
 
-    def _remember(self, context_id: int) -> None:
+    def _remember(self, context_id: int, lost: str = "") -> None:
         now = time.monotonic()
-        self._ended[context_id] = now
+        self._ended[context_id] = now, lost
         while self._ended:
-            oldest = next(iter(self._ended.values()))
+            oldest, _ = next(iter(self._ended.values()))
             if len(self._ended) <= REMEMBERED and now - oldest <= REMEMBERED_SECONDS:
                 break
             self._ended.popitem(last=False)

@@ -20,12 +20,9 @@ from torch.autograd.graph import GradientEdge
 from zmq_autograd.autograd.functions import ReceiveFunction
 from zmq_autograd.autograd.local_pass import Emission, LocalPass, Root, Wanted, walk_from
 from zmq_autograd.autograd.walk import TooManyNodes
-from zmq_autograd.engine.host import Host, Peer, tell
+from zmq_autograd.engine.host import Host, Peer
 from zmq_autograd.errors import ContextError, ProtocolError, WorkerLost
-from zmq_autograd.session import error_response
 from zmq_autograd.wire.messages import (
-    AbortPass,
-    AbortPassResponse,
     AutogradMetadata,
     PropagateGradientsRequest,
     StartPass,
@@ -42,10 +39,6 @@ Resolved = list[tuple[int, Sequence[Tensor | None] | None]]
 
 INLINE_NODES: Final = 256
 """Nodes of a graph that is planned on the event loop, which takes less than to hand it over."""
-
-ABORT_SECONDS: Final = 1.0
-"""Seconds that who aborts a pass waits for others to say that they have heard of it, and twice as
-long as they wait for those behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +143,6 @@ class Pass:
         self._gradients: dict[Tensor, Tensor] = {}
         # Roots' edges whose graph cannot be run again.
         self._freed: list[tuple[int, int]] = []
-        self._aborting: asyncio.Task[Awaited] | None = None
         self._task = host.spawn(self._run())
 
     @property
@@ -168,11 +160,12 @@ class Pass:
         """
         try:
             await asyncio.shield(self._task)
-        except asyncio.CancelledError as cancelled:
+        except asyncio.CancelledError:
             if self.cause is None:
                 self.abort(ContextError("the backward pass was given up by who asked for it"))
                 raise
-            raise self.cause from cancelled
+        if self.cause is not None:  # aborted, maybe just now
+            raise self.cause
 
     def awaited(self) -> Awaited:
         """Return what it waits for now."""
@@ -246,13 +239,15 @@ class Pass:
     async def _run(self) -> None:
         self._context.enter(self.pass_id)
         try:
-            await self._context.until_committed()
+            await self._context.passes.until_committed()
             async with asyncio.TaskGroup() as group:
                 await self._run_part(group)
         except BaseException as error:  # noqa: BLE001  # whatever it is, all must hear of it
+            if self.cause is None:
+                self._context.passes.raised(self.pass_id, _first_of(error))
             self.abort(_first_of(error))
             raise self.cause or error from None
-        self._context.pass_completed(self)
+        self._context.passes.completed(self)
 
     async def _run_part(self, group: asyncio.TaskGroup) -> None:
         if self._losses.edges:
@@ -270,6 +265,7 @@ class Pass:
             await self._changed.wait()
             for receive, grads in await self._advanced(local):
                 self._host.spawn(self._propagate(receive, grads))
+            await asyncio.sleep(0)  # they have left, or the pass is aborted
         self._gradients, self._freed = local.gradients, local.freed
 
     def _planned(self, at_most: float = math.inf) -> LocalPass:
@@ -325,7 +321,7 @@ class Pass:
                 settings.retain_graph,
                 settings.inputs_only,
                 settings.accumulate_grad,
-                self._context.committed,
+                self._context.passes.tell_committed(peer),
             ),
             timeout=None,
         )
@@ -352,49 +348,15 @@ class Pass:
 
     # --- ending it -------------------------------------------------------------------------------
 
-    def abort(self, cause: BaseException, source: Peer | None = None) -> asyncio.Task[Awaited]:
-        """End it here and everywhere, and return the task that tells the others; idempotent.
-
-        Args:
-            cause: the first one.
-            source: who told.
-        """
-        if self._aborting is None:
+    def abort(self, cause: BaseException) -> None:
+        """End it here, unless it has ended; who told of it hears of `cause`, and so its owner."""
+        if self.cause is None and self._context.passes.find(self.pass_id) is self:
             self.cause = cause
-            awaited = self.awaited()
-            self._aborting = self._host.spawn(self._tell_aborted(cause, awaited, source))
-            self._context.pass_aborted(self)
+            self._context.passes.aborted(self, self.awaited())
             self._gradients.clear()
             self._has_told.set()
             if self._task is not asyncio.current_task():
                 self._task.cancel()
-        return self._aborting
-
-    async def _tell_aborted(
-        self, cause: BaseException, awaited: Awaited, source: Peer | None
-    ) -> Awaited:
-        """Tell everybody but `source`; return what was awaited here and, as far as told, behind."""
-        error = error_response(cause, self._host.name, send_traceback=self._host.tracebacks)
-        message = AbortPass(
-            self._context.context_id,
-            self.pass_id,
-            error.code,
-            error.text,
-            error.origin,
-            error.type_name,
-            error.traceback,
-            error.path,
-            error.incarnation,
-            error.message_ids,
-            error.workers,
-        )
-        seconds = ABORT_SECONDS if source is None else ABORT_SECONDS / 2
-        others = [peer for peer in self._peers if peer is not source and peer.is_connected]
-        for reply in await tell(self._host, others, message, seconds):
-            if isinstance(reply, AbortPassResponse):
-                awaited.message_ids.update(reply.message_ids)
-                awaited.workers.update(reply.workers)
-        return awaited
 
 
 def _advance(local: LocalPass, resolved: Resolved) -> list[Emission]:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch.autograd.graph import Node
 
@@ -24,6 +24,8 @@ from zmq_autograd.wire.messages import ForwardRequest, ForwardResponse
 
 if TYPE_CHECKING:
     from zmq_autograd.engine.context import Context
+
+T = TypeVar("T")
 
 logger = logging.getLogger("zmq_autograd")
 
@@ -97,11 +99,11 @@ async def collect(
     answers = await asyncio.gather(*(_ask(peer, context, seconds) for peer in peers))
     behind: list[WorkerGraph] = []
     silent: list[str] = []
-    for peer, answer in zip(peers, answers, strict=True):
-        if answer is None:
+    for peer, parts in zip(peers, answers, strict=True):
+        if parts is None:
             silent.append(peer.name)
         else:
-            behind += answer
+            behind += parts
     return [replace(await _part_of(context, host), silent=silent), *behind]
 
 
@@ -120,15 +122,15 @@ async def answer(
     """
     if not is_parent and asker is not context.parent:
         return []
-    context.learn_committed(committed)
-    await context.until_committed()
+    context.passes.learn_committed(committed)
+    await context.passes.until_committed()
     parts = await collect(context, host, asker, PATIENCE * seconds)
     return [_plain(part) for part in _within_limit(parts)]
 
 
 async def _ask(peer: Peer, context: Context, seconds: float) -> list[WorkerGraph] | None:
     """Return what `peer` answers, None if that is nothing that can be used."""
-    args = (context.context_id, context.committed, seconds, peer is context.parent)
+    args = (context.context_id, context.passes.committed, seconds, peer is context.parent)
     try:
         reply = await peer.request(ForwardRequest(GRAPH_FUNCTION, args, {}), timeout=seconds)
         if not isinstance(reply, ForwardResponse) or not isinstance(reply.result, list):
@@ -208,25 +210,26 @@ def _plain(part: WorkerGraph) -> list[Any]:
 
 def _part_from(plain: Any) -> WorkerGraph:
     match plain:
-        case [str(name), [*sends], [*receives], [*silent], int(left_out)] if _are(
-            int, receives
-        ) and _are(str, silent):
+        case [str(name), [*sends], [*receives], [*silent], int(left_out)]:
             nodes = [_send_from(send) for send in sends]
-            return WorkerGraph(name, nodes, receives, silent, left_out)
+            return WorkerGraph(name, nodes, _all(int, receives), _all(str, silent), left_out)
     raise ProtocolError(f"expected a worker's part of a graph, got {short(plain)}")
 
 
 def _send_from(plain: Any) -> SendNode:
     match plain:
-        case [int(message_id), int(nbytes), bool(is_freed), int(leaves), *receives] if _are(
-            int, receives
-        ):
-            return SendNode(message_id, nbytes, is_freed, leaves, receives)
+        case [int(message_id), int(nbytes), bool(is_freed), int(leaves), *receives]:
+            return SendNode(message_id, nbytes, is_freed, leaves, _all(int, receives))
     raise ProtocolError(f"expected a send function, got {short(plain)}")
 
 
-def _are(kind: type, values: Iterable[Any]) -> bool:
-    return all(isinstance(value, kind) for value in values)
+def _all(kind: type[T], values: Iterable[Any]) -> list[T]:
+    """Return `values`, all of which must be of one kind."""
+    checked = list(values)
+    for value in checked:
+        if not isinstance(value, kind):
+            raise ProtocolError(f"expected {kind.__name__}, got {short(value)}")
+    return checked
 
 
 # --- writing it down -----------------------------------------------------------------------------

@@ -60,15 +60,15 @@ async def _inside(
 ) -> Reply:
     """Serve a call made in a context, which from then on is on this worker too."""
     contexts: Contexts = node.contexts
-    context = contexts.join(metadata.context_id, peer)
+    context = contexts.join(metadata.context_id, peer, from_owner=request.from_owner)
     context.received(peer, metadata.message_id, tensors_in([request.args, request.kwargs]))
-    context.learn_committed(request.committed)
-    await context.until_committed()
+    context.passes.learn_committed(request.committed)
+    await context.passes.until_committed()
     reply = AutogradMetadata(context.context_id, context.enter(metadata.message_id).reply_id)
     result = await entry.call(request.args, dict(request.kwargs), node.pool)
     is_on_graph = context.sending(peer, reply.message_id, tensors_in(result))
     return ForwardResponse(
-        result, reply if is_on_graph else None, committed=context.tell_committed(peer)
+        result, reply if is_on_graph else None, committed=context.passes.tell_committed(peer)
     )
 
 

@@ -68,11 +68,13 @@ def _context(context: Context) -> dict[str, Any]:
 
 def _passes(context: Context) -> list[dict[str, Any]]:
     passes = []
-    if context.running is not None:
-        passes.append(_pass(context.running.pass_id, "running", context.running.awaited()))
-    if context.staged is not None:
-        passes.append(_pass(context.staged.pass_id, "complete here", Awaited()))
-    return passes + [_pass(pass_id, "queued", Awaited()) for pass_id in context.queued]
+    if context.passes.running is not None:
+        passes.append(
+            _pass(context.passes.running.pass_id, "running", context.passes.running.awaited())
+        )
+    if context.passes.staged is not None:
+        passes.append(_pass(context.passes.staged.pass_id, "complete here", Awaited()))
+    return passes + [_pass(pass_id, "queued", Awaited()) for pass_id in context.passes.queued]
 
 
 def _pass(pass_id: int, state: str, awaited: Awaited) -> dict[str, Any]:

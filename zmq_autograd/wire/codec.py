@@ -75,6 +75,7 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "modes": f.MODES,
             "profiler": f.VALUE,
             "committed": f.ID,
+            "from_owner": f.BOOL,
         },
     ),
     m.ForwardResponse: Schema(
@@ -96,7 +97,9 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
         },
     ),
     m.PropagateGradientsResponse: Schema(0x12, {}),
-    m.CleanupContextRequest: Schema(0x13, {"context_id": f.ID, "committed": f.ID}),
+    m.CleanupContextRequest: Schema(
+        0x13, {"context_id": f.ID, "committed": f.ID, "lost": f.STRING}
+    ),
     m.CleanupContextResponse: Schema(0x14, {}),
     m.RRefBackwardRequest: Schema(
         0x17, {"rref_id": f.ID, "context_id": f.ID, "retain_graph": f.BOOL}

@@ -54,6 +54,7 @@ class ForwardRequest(Request):
         modes: the caller's modes of torch.
         profiler: configuration of the caller's profiler, None where none runs.
         committed: the context's last pass that the sender knows to be complete, 0 for none.
+        from_owner: the sender opened the context.
     """
 
     reply: ClassVar = ForwardResponse
@@ -65,3 +66,4 @@ class ForwardRequest(Request):
     modes: Modes = Modes()
     profiler: Any = None
     committed: int = 0
+    from_owner: bool = False

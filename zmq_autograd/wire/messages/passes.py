@@ -65,12 +65,14 @@ class CleanupContextRequest(Request):
     Attributes:
         context_id: the context.
         committed: its last pass that the sender knows to be complete, 0 for none.
+        lost: the worker whose loss on the way to the owner is why, empty if the owner ended it.
     """
 
     reply: ClassVar = CleanupContextResponse
 
     context_id: int
     committed: int = 0
+    lost: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,346 @@
+"""The backward passes of one context on one worker: whose turn it is, and how each ended.
+
+Owns the queue of passes, which one was completed last, who has still to be told so, and the telling
+of a failed one.  How a pass goes is `distributed_pass`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from torch import Tensor
+
+from zmq_autograd.autograd.accumulate import is_quick
+from zmq_autograd.engine.distributed_pass import Awaited, Losses, Pass, Settings, Told
+from zmq_autograd.engine.host import Host, Peer, tell
+from zmq_autograd.errors import DeadlineExceeded, ZmqAutogradError
+from zmq_autograd.session import error_response
+from zmq_autograd.wire.messages import (
+    AbortPass,
+    AbortPassResponse,
+    BackwardRequest,
+    CommitPass,
+    PropagateGradientsRequest,
+)
+
+if TYPE_CHECKING:
+    from zmq_autograd.engine.context import Context
+
+ABORT_SECONDS: Final = 1.0
+"""Seconds that a failed pass waits for others to say that they have heard of it, and twice as long
+as they wait for those behind them."""
+
+COMMIT_SECONDS: Final = 0.01
+"""Seconds after which a worker is told of a complete pass if no other message told it."""
+
+
+class Passes:
+    """See the module.
+
+    Attributes:
+        committed: the last pass that is complete everywhere, 0 for none.
+        running: the pass that runs here.
+        staged: the pass whose part here is complete, until all are.
+    """
+
+    def __init__(self, context: Context, host: Host) -> None:
+        """Make the passes of `context`, of which there is none yet."""
+        self.committed = 0
+        self.running: Pass | None = None
+        self.staged: Pass | None = None
+        self._context = context
+        self._host = host
+        self._turn = asyncio.Lock()
+        # By pass asked for here, what it starts from, and what went wrong with it here.
+        self._requested: dict[int, Losses] = {}
+        self._causes: dict[int, BaseException] = {}
+        # Passes that ended here, with what they still awaited; and those whose failure was told on.
+        self._over: dict[int, Awaited] = {}
+        self._told_aborted: set[int] = set()
+        # Why no pass can run any more, and why gradients were lost.
+        self._broken = ""
+        self._commit_error: Exception | None = None
+        self._committing: asyncio.Task[None] | None = None
+        self._owing: set[Peer] = set()
+
+    # --- asking for one --------------------------------------------------------------------------
+
+    async def backward(self, losses: Losses, settings: Settings, timeout: float | None) -> None:
+        """Run a pass from `losses` on this worker; see `Context.backward`."""
+        pass_id = settings.pass_id
+        self._requested[pass_id] = losses
+        running = asyncio.ensure_future(self.run(settings))
+        try:
+            done, _ = await asyncio.wait({running}, timeout=timeout)
+            if not done:
+                raise await self._expired(running, pass_id, timeout)
+            running.result()
+        finally:
+            self._requested.pop(pass_id, None)
+            self._causes.pop(pass_id, None)
+            running.add_done_callback(_hear)
+            running.cancel()
+
+    def check_usable(self) -> None:
+        """Raise ContextError if no pass can run in it any more."""
+        if self._context.is_ended:
+            raise self._context.ended_error()
+        if self._broken:
+            raise self._context.error(
+                "an earlier pass failed without retain_graph=True, and part of the graph is gone: "
+                f"{self._broken}"
+            )
+
+    async def run(self, settings: Settings) -> None:
+        """Run a pass when its turn has come, or have the context's owner run it.
+
+        Raises:
+            BaseException: the first cause, if it is aborted.
+        """
+        parent = self._context.parent
+        if parent is None:
+            async with self._turn:
+                self.check_usable()
+                await self._run_here(settings)
+        else:
+            await self._ask_owner(parent, settings)
+        self.learn_committed(settings.pass_id)
+        await self.until_committed()
+        if self._commit_error is not None:
+            raise self._commit_error
+        if self._context.is_ended:
+            raise self._context.ended_error()
+
+    async def _run_here(self, settings: Settings) -> None:
+        started = self.start(settings)
+        try:
+            await started.completion()
+        except BaseException as error:
+            cause = started.cause or error
+            telling = self._host.spawn(self.tell_aborted(settings.pass_id, cause))
+            awaited = await asyncio.shield(telling)
+            if isinstance(cause, DeadlineExceeded):
+                workers = sorted(awaited.workers.union(cause.workers))
+                message_ids = sorted(awaited.message_ids.union(cause.message_ids))
+                raise DeadlineExceeded(
+                    cause.args[0], workers=workers, message_ids=message_ids
+                ) from None
+            raise
+
+    async def _ask_owner(self, parent: Peer, settings: Settings) -> None:
+        request = BackwardRequest(
+            self._context.context_id,
+            settings.pass_id,
+            settings.retain_graph,
+            settings.inputs_only,
+            settings.accumulate_grad,
+        )
+        try:
+            await parent.request(request, timeout=None)
+        except ZmqAutogradError:
+            cause = self._causes.pop(settings.pass_id, None)
+            if cause is None:
+                raise
+            raise cause from None  # as it was raised here, before it went round by the owner
+
+    async def _expired(
+        self, running: asyncio.Future[None], pass_id: int, timeout: float | None
+    ) -> DeadlineExceeded:
+        """End a pass whose time ran out; return what to raise."""
+        text = f"backward in context {self._context.context_id} did not end within {timeout:g} s"
+        here = self.find(pass_id)
+        if here is None:
+            text += ": it waited for its turn"
+            return DeadlineExceeded(text, workers=(self._host.name,))
+        awaited = here.awaited()
+        error = DeadlineExceeded(
+            text,
+            workers=sorted(awaited.workers or {self._host.name}),
+            message_ids=sorted(awaited.message_ids),
+        )
+        here.abort(error)
+        # The owner tells everybody, and hears what they awaited.
+        done, _ = await asyncio.wait({running}, timeout=2 * ABORT_SECONDS)
+        told = running.exception() if done and not running.cancelled() else None
+        found = told if isinstance(told, DeadlineExceeded) else error
+        workers = ", ".join(map(repr, found.workers))
+        return DeadlineExceeded(
+            f"{text}: workers {workers} and the gradients for {len(found.message_ids)} messages "
+            "were awaited",
+            workers=found.workers,
+            message_ids=found.message_ids,
+        )
+
+    # --- taking part -----------------------------------------------------------------------------
+
+    def start(self, settings: Settings, told_by: Told | None = None) -> Pass:
+        """Take part in a pass from now on.
+
+        Args:
+            settings: of the pass.
+            told_by: who told of it; None on the context's owner.
+        """
+        self.staged = None  # of an aborted pass, or it would have been told to be complete
+        losses = self._requested.get(settings.pass_id, Losses())
+        self.running = Pass(self._context, self._host, settings, losses, told_by)
+        return self.running
+
+    def is_over(self, pass_id: int) -> bool:
+        """Whether this worker's part in the pass has ended."""
+        return pass_id in self._over
+
+    def propagated(self, request: PropagateGradientsRequest, peer: Peer) -> None:
+        """Take in gradients; those of a pass that has ended are dropped.
+
+        Raises:
+            ContextError: there is no such pass.
+            ProtocolError: they cannot be those of that message.
+        """
+        running = self.running
+        if running is not None and running.pass_id == request.pass_id:
+            try:
+                running.propagated(peer, request.metadata.message_id, request.grads)
+            except Exception as error:
+                running.abort(error)
+                raise
+        elif not self.is_over(request.pass_id):
+            raise self._context.error(f"no backward pass {request.pass_id} is under way")
+
+    @property
+    def queued(self) -> list[int]:
+        """The passes asked for on this worker that have not started: others have their turn."""
+        return [p for p in self._requested if not self.is_over(p) and self.find(p) is None]
+
+    def find(self, pass_id: int) -> Pass | None:
+        """Return the pass that runs here or waits to be complete elsewhere, if it is `pass_id`."""
+        for found in (self.running, self.staged):
+            if found is not None and found.pass_id == pass_id:
+                return found
+        return None
+
+    def completed(self, ended: Pass) -> None:
+        """Take in that the part of this worker and of all behind it is complete."""
+        self._over[ended.pass_id] = Awaited()
+        self.running, self.staged = None, ended
+
+    def aborted(self, ended: Pass, awaited: Awaited) -> None:
+        """Take in that a pass is over without a result, and what it awaited then."""
+        self._over[ended.pass_id] = awaited
+        self.running = self.staged = None
+        if not ended.settings.retain_graph:
+            # Not the error itself: its traceback holds on to the graph.
+            self._broken = str(ended.cause)
+
+    def raised(self, pass_id: int, error: BaseException) -> None:
+        """Take in what went wrong with a pass on this worker, which may have asked for it."""
+        if pass_id in self._requested:
+            self._causes.setdefault(pass_id, error)
+
+    async def tell_aborted(
+        self, pass_id: int, cause: BaseException, source: Peer | None = None
+    ) -> Awaited:
+        """Tell everybody but `source` of the first cause.
+
+        Returns:
+            What was awaited here and behind, as far as it was told within a second.
+        """
+        self._over.setdefault(pass_id, Awaited())
+        if pass_id in self._told_aborted:
+            return Awaited()  # whoever told first gets it
+        self._told_aborted.add(pass_id)
+        awaited = self._over[pass_id]
+        message = _abort_message(self._context.context_id, pass_id, cause, self._host)
+        seconds = ABORT_SECONDS if source is None else ABORT_SECONDS / 2
+        others = [peer for peer in self._context.peers if peer is not source and peer.is_connected]
+        for reply in await tell(self._host, others, message, seconds):
+            if isinstance(reply, AbortPassResponse):
+                awaited.message_ids.update(reply.message_ids)
+                awaited.workers.update(reply.workers)
+        return awaited
+
+    def end(self, cause: BaseException) -> None:
+        """End whatever runs, and let go of it."""
+        for ended in (self.running, self.staged):
+            if ended is not None:
+                ended.abort(cause)
+        self.running = self.staged = self._commit_error = None
+        self._requested.clear()
+        self._causes.clear()
+
+    def peer_lost(self, peer: Peer) -> None:
+        """Take in that nothing can be exchanged with `peer` any more."""
+        self._owing.discard(peer)
+        if self.running is not None:
+            self.running.peer_lost(peer)
+
+    # --- completing it ---------------------------------------------------------------------------
+
+    def learn_committed(self, pass_id: int) -> None:
+        """Take in that a pass is complete everywhere; `until_committed` waits for its gradients."""
+        staged = self.staged
+        if staged is not None and staged.pass_id == pass_id:
+            self.staged = None
+            self.committed = pass_id
+            gradients = staged.take_gradients()
+            into_grad = staged.settings.accumulate_grad
+            self._committing = self._host.spawn(self._commit(gradients, into_grad=into_grad))
+
+    async def until_committed(self) -> None:
+        """Wait until the gradients of the last complete pass are the context's."""
+        if self._committing is not None:
+            await asyncio.shield(self._committing)
+
+    async def _commit(self, gradients: dict[Tensor, Tensor], *, into_grad: bool) -> None:
+        record = self._context.record
+        self._context.enter(self.committed)
+        summed = partial(record.summed, gradients, into_grad=into_grad)
+        try:
+            record.gradients = summed() if is_quick(gradients) else await self._host.compute(summed)
+        except Exception as error:  # noqa: BLE001  # a user's hook: it is told where it matters
+            self._commit_error, self._broken = error, str(error)
+        self._owing.update(peer for peer in self._context.peers if peer.is_connected)
+        asyncio.get_running_loop().call_later(COMMIT_SECONDS, self._pay)
+
+    def _pay(self) -> None:
+        """Tell those of the last complete pass whom no other message has told."""
+        owing, self._owing = self._owing, set()
+        for peer in owing if not self._context.is_ended else ():
+            if peer.is_connected:
+                message = CommitPass(self._context.context_id, self.committed)
+                self._host.spawn(peer.request(message, timeout=None))
+
+    def tell_committed(self, peer: Peer) -> int:
+        """Return the last complete pass, which the message about to leave tells `peer`."""
+        self._owing.discard(peer)
+        return self.committed
+
+    def check_gradients(self) -> None:
+        """Raise ContextError if those of a pass were lost."""
+        if self._commit_error is not None:
+            raise self._context.error(f"its gradients are lost: {self._commit_error}")
+
+
+def _abort_message(context_id: int, pass_id: int, cause: BaseException, host: Host) -> AbortPass:
+    """Return what tells of a failed pass: the fields of an `ErrorResponse` tell its cause."""
+    error = error_response(cause, host.name, send_traceback=host.tracebacks)
+    return AbortPass(
+        context_id,
+        pass_id,
+        error.code,
+        error.text,
+        error.origin,
+        error.type_name,
+        error.traceback,
+        error.path,
+        error.incarnation,
+        error.message_ids,
+        error.workers,
+    )
+
+
+def _hear(task: asyncio.Future[None]) -> None:
+    """Take the outcome of a task that nobody awaits any more."""
+    if not task.cancelled():
+        task.exception()
