@@ -16,7 +16,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: env
-	$(BIN)/python examples/multi_node.py
+	@echo; echo "1. A result that the loss does not use, on both libraries"; echo
+	@$(BIN)/python examples/unused_result.py
+	@echo; echo "2. A model in three workers, trained as in one process"; echo
+	@$(BIN)/python examples/multi_node.py
 
 test: env
 	$(BIN)/python -m pytest -q
@@ -33,6 +36,9 @@ types: env
 
 bench: env
 	$(BIN)/python benchmarks/round_trip.py
+	$(BIN)/python benchmarks/split_mlp.py
+	$(BIN)/python benchmarks/chain.py
+	$(BIN)/python benchmarks/profile_pass.py
 
 docs: env
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

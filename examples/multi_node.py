@@ -1,11 +1,11 @@
-"""Three stages of one model in three processes: activations go forward, gradients come back.
+"""Three stages of one model in three processes, trained by one `await ctx.backward(loss)` a step.
 
     forward:    trainer -> stage 0 -> stage 1 -> stage 2, and the logits return the same way
-    backward:   trainer -> stage 2 -> stage 1 -> stage 0, each with the gradient of its output
+    backward:   each gradient goes back over the message that carried its tensor
 
-Every arrow is a message over ZeroMQ.  Each stage has its own weights, its own Adam and its own
-piece of the graph, which it keeps under the id of the message.  `multi_node_reference.py` trains
-the same model in one process; this script checks that it ends with the same weights.
+Every arrow is a message over ZeroMQ.  Each stage has its own weights and its own Adam, and finds
+its gradients in the context that the call to `step` brings along.  `multi_node_reference.py`
+trains the same model in one process; this script checks that it ends with the same weights.
 
 On one machine:
     python examples/multi_node.py
@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +42,9 @@ from torch import Tensor, nn
 
 import zmq_autograd as za
 
-CONTEXT_ID = 1  # one training, one context: message ids tell its batches apart
 TOLERANCE = 1e-12
 START_SECONDS = 60
 STOP_SECONDS = 10
-
-Request = za.messages.PropagateGradientsRequest
-Response = za.messages.PropagateGradientsResponse
 
 
 # A stage: what each of the three worker processes runs.
@@ -60,8 +55,6 @@ def make_worker(index: int, listen: str, insecure: bool) -> za.Worker:
     net = make_stage(index)
     optimizer = make_optimizer(net)
     next_stage: za.RemoteWorker | None = None
-    # By message id: the input, the output, and who sent the input.
-    kept: dict[int, tuple[Tensor, Tensor, za.RemoteWorker]] = {}
 
     @worker.register
     async def link(endpoint: str) -> None:
@@ -69,33 +62,16 @@ def make_worker(index: int, listen: str, insecure: bool) -> za.Worker:
         next_stage = await worker.connect(endpoint, timeout=START_SECONDS)
 
     @worker.register
-    async def forward(x: Tensor, message_id: int | None) -> Tensor:
-        """Return the logits; with a message id, keep what backward will need."""
-        x.requires_grad_(index > 0)  # nobody asks for the gradient of an image
+    async def forward(x: Tensor) -> Tensor:
         output = await za.compute(net, x)  # in a thread: the worker goes on answering meanwhile
-        if message_id is not None:
-            kept[message_id] = x, output, za.current_peer()
-        # Only numbers travel, so the graph is cut here; `backward` joins it again.
-        if next_stage is None:
-            return output.detach()
-        return await next_stage.call("forward", output.detach(), message_id)
-
-    @worker.handler(Request)
-    async def backward(request: Request, peer: za.RemoteWorker) -> Response:
-        context_id, message_id = request.metadata.context_id, request.metadata.message_id
-        x, output, previous = kept.pop(message_id)
-        await za.compute(torch.autograd.backward, [output], request.grads)
-        if x.grad is not None:
-            await previous.propagate_gradients(
-                [x.grad], context_id=context_id, message_id=message_id
-            )
-        # Only now: whoever gets this response knows that all stages before have their gradients.
-        return Response()
+        return output if next_stage is None else await next_stage.call("forward", output)
 
     @worker.register
     def step() -> None:
+        gradients = za.current_context().gradients()  # of this stage's weights
+        for weight in net.parameters():
+            weight.grad = gradients[weight]
         optimizer.step()
-        optimizer.zero_grad()
 
     @worker.register
     def state() -> dict[str, Tensor]:
@@ -122,25 +98,21 @@ async def train(endpoints: list[str], epochs: int, console: Console) -> dict[str
         for stage, following in zip(stages, endpoints[1:], strict=False):
             await stage.call("link", following)
         console.print(f"training over {', '.join(stage.name for stage in stages)}")
-        first, last = stages[0], stages[-1]
-        message_ids = itertools.count(1)
+        first = stages[0]
         with progress_bar(console) as progress:
             bar = progress.add_task("three workers", total=epochs, loss="")
             for epoch in range(epochs):
                 total = 0.0
                 for x, y in batches(images, labels, epoch):
-                    message_id = next(message_ids)
-                    logits = await first.call("forward", x, message_id)
-                    loss = nn.functional.cross_entropy(logits.requires_grad_(), y)
-                    loss.backward()  # as far as the logits: the rest of the graph is elsewhere
-                    await last.propagate_gradients(
-                        [logits.grad], context_id=CONTEXT_ID, message_id=message_id
-                    )
-                    await asyncio.gather(*(stage.call("step") for stage in stages))
+                    async with trainer.context() as ctx:
+                        loss = nn.functional.cross_entropy(await first.call("forward", x), y)
+                        await ctx.backward(loss)
+                        await asyncio.gather(*(stage.call("step") for stage in stages))
                     total += loss.item() * len(y)
                 losses.append(total / len(labels))
                 progress.update(bar, advance=1, loss=f"loss {losses[-1]:.6f}")
-        score = accuracy(await first.call("forward", test_images, None), test_labels)
+        with torch.no_grad():  # goes along with the call, to every stage
+            score = accuracy(await first.call("forward", test_images), test_labels)
         states = [await stage.call("state") for stage in stages]
     weights = {
         f"{index}.{name}": weight.numpy()
@@ -170,15 +142,7 @@ async def local_workers() -> AsyncIterator[list[str]]:
             processes.append(await asyncio.create_subprocess_exec(*command, stdout=PIPE))
         yield [await asyncio.wait_for(endpoint_of(p), START_SECONDS) for p in processes]
     finally:
-        for process in processes:
-            if process.returncode is None:
-                process.terminate()
-        for process in processes:
-            try:
-                await asyncio.wait_for(process.wait(), STOP_SECONDS)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+        await end(processes)
 
 
 async def endpoint_of(process: Process) -> str:
@@ -188,20 +152,37 @@ async def endpoint_of(process: Process) -> str:
     return line.removeprefix("listening on ")
 
 
-async def train_in_one_process(epochs: int, output: Path) -> dict[str, np.ndarray]:
-    """Run the reference in a process of its own, which never imports zmq_autograd."""
-    script, weights = Path(__file__).with_name("multi_node_reference.py"), output / "reference.npz"
+@asynccontextmanager
+async def one_process(epochs: int, weights: Path) -> AsyncIterator[Process]:
+    """Run the reference meanwhile, in a process of its own, which never imports zmq_autograd."""
+    script = Path(__file__).with_name("multi_node_reference.py")
     command = (sys.executable, script, "--epochs", str(epochs), "--output", weights)
-    process = await asyncio.create_subprocess_exec(*command)
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     try:
-        if await process.wait():
-            raise RuntimeError(f"the reference failed with exit code {process.returncode}")
+        yield process
     finally:
+        await end([process])
+
+
+async def result_of(process: Process, weights: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """Wait for the reference and return what it printed and what it wrote."""
+    output, errors = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the reference failed: {errors.decode()}")
+    with np.load(weights, allow_pickle=False) as file:
+        return output.decode().strip(), dict(file)
+
+
+async def end(processes: Sequence[Process]) -> None:
+    for process in processes:
         if process.returncode is None:
+            process.terminate()
+    for process in processes:
+        try:
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        except TimeoutError:
             process.kill()
             await process.wait()
-    with np.load(weights, allow_pickle=False) as file:
-        return dict(file)
 
 
 def draw(ours: np.ndarray, reference: np.ndarray, difference: float, path: Path) -> None:
@@ -223,22 +204,26 @@ def draw(ours: np.ndarray, reference: np.ndarray, difference: float, path: Path)
 
 async def run(endpoints: list[str] | None, epochs: int, output: Path) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
-    console = Console()
-    if endpoints:
+    console, weights = Console(highlight=False), output / "reference.npz"
+    async with AsyncExitStack() as stack:
+        if endpoints is None:
+            console.print(f"starting {STAGES} workers, each a process with one stage of the model")
+            endpoints = await stack.enter_async_context(local_workers())
+        process = await stack.enter_async_context(one_process(epochs, weights))
         ours = await train(endpoints, epochs, console)
-    else:
-        async with local_workers() as endpoints:
-            ours = await train(endpoints, epochs, console)
-    console.print(f"three workers: loss {ours['losses'][-1]:.6f}, accuracy {ours['accuracy']:.4f}")
+        console.print(
+            f"three workers: loss {ours['losses'][-1]:.6f}, test accuracy {ours['accuracy']:.4f}"
+        )
+        said, reference = await result_of(process, weights)
+        console.print(said)
     np.savez(output / "multi_node.npz", **ours)
-    reference = await train_in_one_process(epochs, output)
 
     names = sorted(reference.keys() - {"losses", "accuracy"})
     difference = max(float(np.abs(ours[name] - reference[name]).max()) for name in names)
     picture = output / "multi_node.png"
     draw(ours["losses"], reference["losses"], difference, picture)
-    console.print(f"largest difference of a weight: {difference:.3e} (of {len(names)} tensors)")
-    console.print(f"loss curves: {picture}", highlight=False)
+    console.print(f"largest difference of a weight: {difference:.1e} (of {len(names)} tensors)")
+    console.print(f"loss curves: {picture}", soft_wrap=True)
     if not difference <= TOLERANCE:  # a NaN is not small either
         sys.exit(f"the weights differ: expected at most {TOLERANCE}, got {difference}")
 

@@ -1,13 +1,15 @@
 """Every example is run as a user runs it, and what it claims is checked.
 
-It knows the examples by their command lines, output and files only.  That the same script runs on
-several machines is shown in `test_multi_host.py`.
+It knows the examples by their command lines, output and files only.  Elsewhere: that the training
+runs on several machines, in `test_multi_host.py`; and "first_backward.py", which is the README's
+first program, in `test_readme.py`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,24 +21,26 @@ import numpy as np
 import psutil
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 DEADLINE = 100
 
 Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Start examples, each in a process group of its own, and end these groups afterwards."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start examples in `tmp_path`, each in a process group that is ended afterwards."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start_one(script: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    def start_one(script: str, *arguments: str) -> subprocess.Popen[str]:
         processes.append(
             subprocess.Popen(
                 [sys.executable, EXAMPLES / script, *arguments],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                cwd=tmp_path,
                 start_new_session=True,
             )
         )
@@ -78,11 +82,6 @@ def test_hello_calls_across_workers(start: Start) -> None:
     assert finish(start("hello.py")) == ("tensor([2., 2., 2.])\n", "")
 
 
-def test_hello_fits_in_the_readme() -> None:
-    lines = (EXAMPLES / "hello.py").read_text().splitlines()
-    assert len(lines) < 25
-
-
 def test_bare_transport_shows_what_it_says(start: Start) -> None:
     alice, bob = finish(start("bare_transport.py"))
     # Sent once, resent over the retained graph, and then through both outputs.
@@ -102,26 +101,84 @@ def test_bare_transport_is_short() -> None:
     assert len((EXAMPLES / "bare_transport.py").read_text().splitlines()) <= 60
 
 
+def unused_result_rows(output: str) -> list[list[str]]:
+    """Return the cells of the table that `unused_result.py` prints."""
+    rows = [re.split(r" {2,}", line.strip()) for line in output.splitlines()]
+    return [row for row in rows if len(row) == 3]
+
+
+def test_unused_result_hangs_torch_and_not_this(start: Start) -> None:
+    output, errors = finish(start("unused_result.py", "--seconds", "2"))
+    assert errors == ""
+    rows = unused_result_rows(output)
+    right = re.compile(r"(\d+\.\d) ms: \[2\.0, 4\.0, 6\.0\]")
+    assert [row[0] for row in rows] == [
+        "every result is used",
+        "one result is unused",
+        "a call is tried again",
+    ]
+    for _, ours, _ in rows:
+        found = right.fullmatch(ours)
+        assert found is not None, output
+        assert float(found[1]) < 1000
+    # torch gets on with the first, so its processes are set up as they should be.
+    assert right.fullmatch(rows[0][2])
+    assert [row[2] for row in rows[1:]] == ["killed after 2 s"] * 2
+    assert without_numbers(shown_in_the_readme("unused_result.py")) == without_numbers(output)
+
+
+def shown_in_the_readme(script: str) -> str:
+    """Return the output of an example that the README shows."""
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(rf"```console\n\$ python examples/{script}\n(.*?)```", readme, re.DOTALL)
+    assert shown is not None
+    return shown[1]
+
+
+def without_numbers(text: str) -> list[str]:
+    """Return the lines of a text, with every number and rule the same, and no padding."""
+    return [re.sub(r"[\d.]+|─+", "0", " ".join(line.split())) for line in text.split("\n")]
+
+
+def test_draw_graph_draws_three_workers_and_six_messages(start: Start, tmp_path: Path) -> None:
+    output, errors = finish(start("draw_graph.py"))
+    assert errors == ""
+    graph = (tmp_path / "output" / "graph.dot").read_text()
+    assert output.startswith(graph)
+    workers = re.findall(r'subgraph cluster_\d+ {\n *label="(\w+)"', graph)
+    assert sorted(workers) == ["alice", "bob", "carol"]
+    # The input of 4 x 8 floats goes three ways, the 4 scores come back the same ways.
+    messages = re.findall(r' -> .*label="[0-9a-f]{8}\\n(\d+) B"', graph)
+    assert sorted(messages) == ["128"] * 3 + ["16"] * 3
+    assert (tmp_path / "output" / "graph.svg").exists() == (shutil.which("dot") is not None)
+
+
+def test_bare_gradients_equal_one_process(start: Start) -> None:
+    output, errors = finish(start("bare_gradients.py", "--epochs", "1"))
+    assert errors == ""
+    assert output.splitlines()[-1] == "largest difference of a weight: 0.0e+00 (of 6 tensors)"
+
+
 def test_multi_node_equals_one_process(start: Start, tmp_path: Path) -> None:
-    output, errors = finish(start("multi_node.py", "--output", tmp_path))
+    said, errors = finish(start("multi_node.py", "--epochs", "3", "--output", "found"))
     assert errors == ""
 
-    with np.load(tmp_path / "multi_node.npz", allow_pickle=False) as file:
+    output = tmp_path / "found"
+    with np.load(output / "multi_node.npz", allow_pickle=False) as file:
         ours = dict(file)
-    with np.load(tmp_path / "reference.npz", allow_pickle=False) as file:
+    with np.load(output / "reference.npz", allow_pickle=False) as file:
         reference = dict(file)
     assert ours.keys() == reference.keys()
     for name, weight in reference.items():
         assert weight.dtype == np.float64
-        np.testing.assert_allclose(ours[name], weight, rtol=0, atol=1e-12, err_msg=name)
-    assert len(ours["losses"]) >= 10
-    assert ours["losses"][-1] < ours["losses"][0] / 10
-    assert ours["accuracy"] > 0.95
+        # Bitwise: what arrives lies in memory as torch's own does, so all kernels do the same.
+        np.testing.assert_array_equal(ours[name], weight, err_msg=name)
+    assert len(ours["losses"]) == 3
+    assert ours["losses"][-1] < ours["losses"][0] / 4
+    assert ours["accuracy"] > 0.9
 
-    said = re.search(r"largest difference of a weight: (\S+) \(of 6 tensors\)", output)
-    assert said is not None
-    assert float(said[1]) <= 1e-12
-    picture = matplotlib.image.imread(tmp_path / "multi_node.png")
+    assert "largest difference of a weight: 0.0e+00 (of 6 tensors)" in said
+    picture = matplotlib.image.imread(output / "multi_node.png")
     height, width, _ = picture.shape
     assert height > 400
     assert width > 600
@@ -144,15 +201,23 @@ def test_reference_knows_nothing_of_this_package() -> None:
     }
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_multi_node_leaves_no_process(
-    start: Start, tmp_path: Path, signum: signal.Signals
+@pytest.mark.parametrize(
+    ("script", "said", "signum"),
+    [
+        # While processes are starting, ...
+        ("multi_node.py", "starting", signal.SIGINT),
+        ("unused_result.py", "loss =", signal.SIGTERM),
+        # ... and when the stages are linked, which is before the first batch.
+        ("multi_node.py", "training over", signal.SIGTERM),
+    ],
+)
+def test_stopped_example_leaves_no_process(
+    start: Start, script: str, said: str, signum: signal.Signals
 ) -> None:
-    process = start("multi_node.py", "--epochs", "100000", "--output", tmp_path)
-    # It prints this when the stages are linked, which is before the first batch.
-    assert process.stdout is not None
-    assert "training" in process.stdout.readline()
-    assert len(members(process.pid)) == 4
+    process = start(script)
+    read_until(process, said)
+    if said == "training over":
+        assert len(members(process.pid)) >= 4
     process.send_signal(signum)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
@@ -160,13 +225,21 @@ def test_stopped_multi_node_leaves_no_process(
     assert members(process.pid) == []
 
 
-def test_lost_stage_ends_multi_node_with_its_name(start: Start, tmp_path: Path) -> None:
-    process = start("multi_node.py", "--epochs", "100000", "--output", tmp_path)
-    assert process.stdout is not None
-    assert "training" in process.stdout.readline()
+def test_lost_stage_ends_multi_node_with_its_name(start: Start) -> None:
+    process = start("multi_node.py", "--epochs", "100000")
+    read_until(process, "training over")
     (stage,) = [p for p in members(process.pid) if p.cmdline()[-2:] == ["--serve", "1"]]
     stage.kill()
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
     assert "stage1" in errors.splitlines()[-1]
     assert members(process.pid) == []
+
+
+def read_until(process: subprocess.Popen[str], said: str) -> None:
+    """Read until a line that starts with `said`."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(said):
+            return
+    pytest.fail(f"ended before it said {said!r}")

@@ -355,7 +355,9 @@ class Pass:
             self._context.passes.aborted(self, self.awaited())
             self._gradients.clear()
             self._has_told.set()
-            if self._task is not asyncio.current_task():
+            if self._task.done():  # who told of it has heard that this part is complete
+                self._host.spawn(self._context.passes.tell_aborted(self.pass_id, cause))
+            elif self._task is not asyncio.current_task():
                 self._task.cancel()
 
 
