@@ -242,12 +242,13 @@ class Pass:
             await self._context.passes.until_committed()
             async with asyncio.TaskGroup() as group:
                 await self._run_part(group)
-        except BaseException as error:  # noqa: BLE001  # whatever it is, all must hear of it
+        except BaseException as error:  # noqa: BLE001  # a hook's SystemExit, too: `completion` has it
+            first = _first_of(error)
             if self.cause is None:
-                self._context.passes.raised(self.pass_id, _first_of(error))
-            self.abort(_first_of(error))
-            raise self.cause or error from None
-        self._context.passes.completed(self)
+                self._context.passes.raised(self.pass_id, first)
+            self.abort(first)
+        else:
+            self._context.passes.completed(self)
 
     async def _run_part(self, group: asyncio.TaskGroup) -> None:
         if self._losses.edges:

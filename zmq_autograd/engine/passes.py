@@ -61,7 +61,7 @@ class Passes:
         self._told_aborted: set[int] = set()
         # Why no pass can run any more, and why gradients were lost.
         self._broken = ""
-        self._commit_error: Exception | None = None
+        self._commit_error: BaseException | None = None
         self._committing: asyncio.Task[None] | None = None
         self._owing: set[Peer] = set()
 
@@ -298,7 +298,7 @@ class Passes:
         summed = partial(record.summed, gradients, into_grad=into_grad)
         try:
             record.gradients = summed() if is_quick(gradients) else await self._host.compute(summed)
-        except Exception as error:  # noqa: BLE001  # a user's hook: it is told where it matters
+        except BaseException as error:  # noqa: BLE001  # a user's hook: it is told where it matters
             self._commit_error, self._broken = error, str(error)
         self._owing.update(peer for peer in self._context.peers if peer.is_connected)
         asyncio.get_running_loop().call_later(COMMIT_SECONDS, self._pay)
