@@ -11,11 +11,7 @@ others use, too, compare only inside one run.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import selectors
 import statistics
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -23,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+from harness import Process, ratio, turn, write_report
 from machine import describe
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 KIB, MIB = 1024, 1024 * 1024
-START_SECONDS = 60
-STOP_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -77,63 +72,22 @@ class Pair:
     def __init__(self, peer: Peer, stack: ExitStack) -> None:
         self.peer = peer
         directory = stack.enter_context(tempfile.TemporaryDirectory())
-        server = self._start(stack, "server", directory)
-        endpoint = self._line(server, START_SECONDS).removeprefix("ready").strip()
+        endpoint = Process(stack, peer.module, "server", directory).endpoint()
         arguments = (directory, endpoint, *peer.client_arguments)
-        self._client = self._start(stack, "client", *arguments)
+        self._client = Process(stack, peer.module, "client", *arguments)
 
     def measure(self, case: Case, seconds: float) -> float:
         command = {"bytes": case.bytes, "in_flight": case.in_flight, "seconds": seconds}
-        self._client.stdin.write(json.dumps(command).encode() + b"\n")
-        self._client.stdin.flush()
-        return float(json.loads(self._line(self._client, START_SECONDS + seconds))["seconds"])
-
-    def _start(self, stack: ExitStack, *arguments: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"peers.{self.peer.module}", *arguments],
-            cwd=Path(__file__).parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
-        stack.callback(end, process)
-        return process
-
-    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> str:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            readable = selector.select(seconds)
-        line = process.stdout.readline().decode() if readable else ""
-        if not line:
-            why = "ended" if readable else f"said nothing for {seconds:.0f} s"
-            raise RuntimeError(f"{self.peer.name}: a process {why}")
-        return line
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdin.close()
-    process.stdout.close()
+        return float(self._client.ask(command, seconds)["seconds"])
 
 
 def measure_all(pairs: list[Pair], rounds: int, seconds: float) -> Measurements:
     results: Measurements = {case.name: {p.peer.name: [] for p in pairs} for case in CASES}
     steps = [(case, index) for case in CASES for index in range(rounds)]
     for case, index in track(steps, "measuring", console=Console(stderr=True)):
-        turn = index % len(pairs)
-        for pair in pairs[turn:] + pairs[:turn]:
+        for pair in turn(pairs, index):
             results[case.name][pair.peer.name].append(pair.measure(case, seconds))
     return results
-
-
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def show(results: Measurements, machine: str, rounds: int) -> None:
@@ -167,7 +121,6 @@ def main() -> None:
         pairs = [Pair(peer, stack) for peer in PEERS]
         results = measure_all(pairs, rounds, seconds)
     show(results, machine, rounds)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": machine,
         "rounds": rounds,
@@ -180,7 +133,7 @@ def main() -> None:
             for name, times in results.items()
         },
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(arguments.output, report)
     print(f"{arguments.output}, {monotonic() - start:.0f} s")
 
 
