@@ -69,9 +69,12 @@ class Model:
         self.w = far_leaf()
         on_gradient(self.w, log.tensor("w", clipped))
         on_accumulation(self.w, log.leaf("w accumulated"))
-        self._accumulator = accumulator_of(self.w)
-        self._accumulator.register_prehook(log.node("before w"))
-        self._accumulator.register_hook(log.node("after w"))
+        # Hooks on the accumulator's node run for a leaf without tensor hooks only.
+        self.v = far_leaf()
+        on_accumulation(self.v, log.leaf("v accumulated"))
+        self._accumulator = accumulator_of(self.v)
+        self._accumulator.register_prehook(log.node("before v"))
+        self._accumulator.register_hook(log.node("after v"))
 
     def scale(self, x: Tensor) -> Tensor:
         on_gradient(x, self.log.tensor("argument", clipped))
@@ -81,7 +84,7 @@ class Model:
         assert grad_fn is not None
         grad_fn.register_prehook(self.log.node("before product"))
         grad_fn.register_hook(self.log.node("after product"))
-        return y
+        return y + self.v
 
 
 def clipped(grad: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ async def test_hooks_of_every_kind_run_as_in_one_process(two: Pair) -> None:
     assert there.sorted() == here.sorted()
     counts = [name for name, _ in there.seen]
     assert counts.count("inside") == 3
-    assert counts.count("w") == counts.count("w accumulated") == counts.count("after w") == 1
+    assert counts.count("w") == counts.count("w accumulated") == counts.count("after v") == 1
 
 
 def of_current() -> za.Context:

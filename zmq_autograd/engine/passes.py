@@ -75,7 +75,7 @@ class Passes:
         try:
             done, _ = await asyncio.wait({running}, timeout=timeout)
             if not done:
-                raise await self._expired(running, pass_id, timeout)
+                raise await self._expired(pass_id, timeout)
             running.result()
         finally:
             self._requested.pop(pass_id, None)
@@ -120,13 +120,7 @@ class Passes:
         except BaseException as error:
             cause = started.cause or error
             telling = self._host.spawn(self.tell_aborted(settings.pass_id, cause))
-            awaited = await asyncio.shield(telling)
-            if isinstance(cause, DeadlineExceeded):
-                workers = sorted(awaited.workers.union(cause.workers))
-                message_ids = sorted(awaited.message_ids.union(cause.message_ids))
-                raise DeadlineExceeded(
-                    cause.args[0], workers=workers, message_ids=message_ids
-                ) from None
+            await asyncio.shield(telling)
             raise
 
     async def _ask_owner(self, parent: Peer, settings: Settings) -> None:
@@ -145,32 +139,23 @@ class Passes:
                 raise
             raise cause from None  # as it was raised here, before it went round by the owner
 
-    async def _expired(
-        self, running: asyncio.Future[None], pass_id: int, timeout: float | None
-    ) -> DeadlineExceeded:
+    async def _expired(self, pass_id: int, timeout: float | None) -> DeadlineExceeded:
         """End a pass whose time ran out; return what to raise."""
         text = f"backward in context {self._context.context_id} did not end within {timeout:g} s"
-        here = self.find(pass_id)
-        if here is None:
+        running = self.find(pass_id)
+        if running is None:
             text += ": it waited for its turn"
             return DeadlineExceeded(text, workers=(self._host.name,))
-        awaited = here.awaited()
-        error = DeadlineExceeded(
-            text,
-            workers=sorted(awaited.workers or {self._host.name}),
-            message_ids=sorted(awaited.message_ids),
-        )
-        here.abort(error)
-        # The owner tells everybody, and hears what they awaited.
-        done, _ = await asyncio.wait({running}, timeout=2 * ABORT_SECONDS)
-        told = running.exception() if done and not running.cancelled() else None
-        found = told if isinstance(told, DeadlineExceeded) else error
-        workers = ", ".join(map(repr, found.workers))
+        error = DeadlineExceeded(text, workers=(self._host.name,))
+        running.abort(error)
+        awaited = await self.tell_aborted(pass_id, error)
+        workers = sorted(awaited.workers or {self._host.name})
+        message_ids = sorted(awaited.message_ids)
         return DeadlineExceeded(
-            f"{text}: workers {workers} and the gradients for {len(found.message_ids)} messages "
-            "were awaited",
-            workers=found.workers,
-            message_ids=found.message_ids,
+            f"{text}: workers {', '.join(map(repr, workers))} and the gradients for "
+            f"{len(message_ids)} messages were awaited",
+            workers=workers,
+            message_ids=message_ids,
         )
 
     # --- taking part -----------------------------------------------------------------------------
