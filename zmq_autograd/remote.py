@@ -213,13 +213,14 @@ class RemoteWorker:
             )
         message_id = scope.place.next_id()
         context.sending(self, message_id, tensors_in([args, kwargs]))
+        committed = context.passes.committed
         message = ForwardRequest(
             function,
             args,
             kwargs,
             AutogradMetadata(context.context_id, message_id),
             current_modes(),
-            committed=context.passes.tell_committed(self),
+            committed=committed,
             from_owner=context.parent is None,
         )
         try:
@@ -227,6 +228,7 @@ class RemoteWorker:
         except SerializationError:  # nothing has left
             context.not_sent(message_id)
             raise
+        context.passes.told_committed(self, committed)
         if reply.metadata is not None:
             context.received(self, reply.metadata.message_id, tensors_in(reply.result))
         context.passes.learn_committed(reply.committed)

@@ -61,7 +61,7 @@ EXCHANGES: list[tuple[Request, Reply]] = [
     (StartPass(1, 2, (3, 4), (5,), retain_graph=True), StartPassResponse()),
     (AbortPass(1, 2, "remote_error", "because", "carol"), AbortPassResponse((3,), ("dave",))),
     (CommitPass(1, 2), CommitPassResponse()),
-    (BackwardRequest(1, 2, retain_graph=True), BackwardResponse()),
+    (BackwardRequest(1, 2, retain_graph=True), BackwardResponse(3)),
     (RRefBackwardRequest(1, 2, retain_graph=True), RRefBackwardResponse()),
     (RRefFetchRequest(1), RRefFetchResponse([1, 2])),
     (RRefForkRequest(1, 2), RRefForkResponse()),

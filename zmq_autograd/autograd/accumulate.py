@@ -42,6 +42,12 @@ class _Deliver(Function):
         return (None, *grads)
 
 
+def added(total: Tensor, grad: Tensor) -> Tensor:
+    """Return a sum of which either may be sparse: torch adds a sparse one to a dense one only."""
+    is_reversed = total.layout is not torch.strided and grad.layout is torch.strided
+    return grad + total if is_reversed else total + grad
+
+
 def is_quick(grads: dict[Tensor, Tensor]) -> bool:
     """Tell whether `accumulated` takes less than to hand it to a thread, as far as can be seen."""
     return (
@@ -60,21 +66,26 @@ def accumulated(grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor,
         into_grad: add those of leaves to their ``.grad`` too.
 
     Raises:
-        Exception: whatever a hook raises; every ``.grad`` is as it was.
+        BaseException: whatever a hook raises; every ``.grad`` is as it was.
     """
+    # A leaf that was frozen meanwhile has no accumulator: torch passes it over.
+    for frozen in [tensor for tensor in grads if not tensor.requires_grad]:
+        del grads[frozen]
     leaves = [tensor for tensor in grads if tensor.is_leaf]
     with _GRADS_SWAPPED, torch.inference_mode(mode=False), torch.autocast("cpu", enabled=False):
         before = [(leaf, leaf.grad) for leaf in leaves]
         try:
             _run_accumulators(leaves, grads)
-            found = {leaf: leaf.grad for leaf in leaves if leaf.grad is not None} | grads
+            found = {leaf: leaf.grad for leaf in leaves if leaf.grad is not None}
+            # What is no leaf's may be the memory of another gradient, or of the caller's.
+            found |= {tensor: grad.clone() for tensor, grad in grads.items()}
         finally:
             for leaf, grad in before:
                 leaf.grad = grad
         if into_grad:
             for leaf in leaves:
                 if (grad := found.get(leaf)) is not None:
-                    leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+                    leaf.grad = grad.clone() if leaf.grad is None else added(leaf.grad, grad)
     return found
 
 
@@ -85,9 +96,10 @@ def _run_accumulators(leaves: list[Tensor], grads: dict[Tensor, Tensor]) -> None
     # A leaf's tensor hooks ran when its gradient was found.  Its accumulator would run them again,
     # so here is done what that does besides.
     for leaf in filter(has_tensor_hooks, leaves):
-        leaf.grad = grads.pop(leaf)
-        for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
-            hook(leaf)
+        leaf.grad = grads.pop(leaf).clone(memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
+                hook(leaf)
     plain = [leaf for leaf in leaves if leaf in grads]
     if plain:
         with torch.enable_grad():

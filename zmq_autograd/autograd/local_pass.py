@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from zmq_autograd.autograd import calls
+from zmq_autograd.autograd.accumulate import added
 from zmq_autograd.autograd.functions import (
     ReceiveFunction,
     edge_of,
@@ -110,7 +112,7 @@ class LocalPass:
             for root in roots
         ]
         slots = [[slot for slot in slots if slot is not None] for slots in self._slots]
-        self._stages = stages_of(self._graph, slots, self._wanted_nodes(wanted))
+        self._stages = stages_of(self._graph, slots, self._wanted_nodes(wanted), self._captures)
         self._unresolved = sum(1 << root for root, edges in enumerate(slots) if edges)
         # Edges that gradients have flowed in through.
         self._used: list[tuple[int, int]] = []
@@ -240,6 +242,8 @@ class LocalPass:
         receive = receive_of(node)
         if receive is None:
             return None
+        if grad is not None and grad.layout is not torch.strided:
+            grad = grad.to_dense()  # only plain tensors travel
         self._emissions[receive][position_of(node)] = grad
         self._receives[receive] -= 1
         return None if self._receives[receive] else (receive, self._emissions.pop(receive))
@@ -316,5 +320,5 @@ def _sum(terms: list[Term]) -> Tensor:
     terms.sort(key=itemgetter(0))
     total = terms[0][1]
     for _, grad in terms[1:]:
-        total = total + grad
+        total = added(total, grad)
     return total

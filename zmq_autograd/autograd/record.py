@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from zmq_autograd.autograd.accumulate import accumulated
+from zmq_autograd.autograd.accumulate import accumulated, added
 from zmq_autograd.autograd.functions import ReceiveFunction, SendFunction
+from zmq_autograd.errors import ProtocolError
 
 
 class Record:
@@ -29,7 +30,15 @@ class Record:
         self.gradients: dict[Tensor, Tensor] = {}
 
     def send(self, message_id: int, peer: Any, tensors: Iterable[Tensor]) -> bool:
-        """Record that `tensors` leave in one message; say whether any of them is on the graph."""
+        """Record that `tensors` leave in one message; say whether any of them is on the graph.
+
+        Raises:
+            ProtocolError: there is a message of that id already.
+        """
+        if message_id in self.sends:
+            raise ProtocolError(
+                f"message {message_id} of context {self.context_id} was sent before"
+            )
         distinct = _distinct(tensors)
         if not any(tensor.requires_grad for tensor in distinct):
             return False
@@ -60,7 +69,7 @@ class Record:
         total = dict(self.gradients)
         for tensor, grad in accumulated(grads, into_grad=into_grad).items():
             before = total.get(tensor)
-            total[tensor] = grad if before is None else before + grad
+            total[tensor] = grad if before is None else added(before, grad)
         return total
 
     def clear(self) -> None:

@@ -40,7 +40,10 @@ class Stage:
 
 
 def stages_of(
-    graph: Walk, roots: Sequence[Collection[Slot]], wanted: Collection[int] | None
+    graph: Walk,
+    roots: Sequence[Collection[Slot]],
+    wanted: Collection[int] | None,
+    captured: Collection[Slot] = (),
 ) -> list[Stage]:
     """Return the stages of `graph`, each before those that it leads to.
 
@@ -49,6 +52,7 @@ def stages_of(
         roots: the slots that each root's gradients flow into.
         wanted: the sinks and inner nodes whose gradients are wanted; None for all sinks.  Nodes
             that lead to none of them are in no stage.
+        captured: slots of inner nodes whose gradients are wanted.
     """
     reached = _reached(graph, roots)
     needed = None if wanted is None else _needed(graph, wanted)
@@ -56,8 +60,9 @@ def stages_of(
     for number, mask in enumerate(reached):
         if needed is None or needed[number]:
             stages.setdefault(mask, Stage(mask)).called.append(number)
-    if len(stages) > 1:
-        _find_stepped(graph, reached, stages.values(), needed)
+    inner = {number for number, _ in captured}
+    if len(stages) > 1 or inner:
+        _find_stepped(graph, reached, stages.values(), needed, inner)
     for stage in stages.values():
         _find_sinks(graph, stage, needed)
         stage.is_order_free = _is_order_free(graph, stage, roots)
@@ -93,15 +98,25 @@ def _needed(graph: Walk, wanted: Collection[int]) -> list[bool]:
 
 
 def _find_stepped(
-    graph: Walk, reached: list[int], stages: Iterable[Stage], needed: list[bool] | None
+    graph: Walk,
+    reached: list[int],
+    stages: Iterable[Stage],
+    needed: list[bool] | None,
+    captured: Collection[int],
 ) -> None:
-    """Take the nodes that must be stepped out of those that are called."""
+    """Take the nodes that must be stepped out of those that are called.
+
+    Those whose gradients are wanted are among them, since torch's engine captures before the tensor
+    hooks where the node leads on to something else that is wanted.
+    """
     stepped = [False] * len(graph.nodes)
 
     def leads_out(number: int) -> bool:
         for slot in graph.nexts[number]:
             if slot is None or (needed is not None and not needed[slot[0]]):
                 continue
+            if number in captured:
+                return True
             if stepped[slot[0]] and reached[slot[0]] == reached[number]:
                 return True
             if reached[slot[0]] != reached[number] and not _may_be_captured_in_parts(
@@ -149,12 +164,13 @@ _COMMUTATIVE: Final = 2
 
 
 def _is_order_free(graph: Walk, stage: Stage, roots: Sequence[Collection[Slot]]) -> bool:
-    called = set(stage.called) | set(stage.sinks)
+    called = {*stage.called, *stage.sinks}
     terms: dict[Slot, int] = dict.fromkeys((slot for slots in roots for slot in slots), 1)
-    for number in stage.stepped:
-        for slot in graph.nexts[number]:
-            if slot is not None:
-                terms[slot] = 1  # what comes from outside the call is summed before it
+    inside = set(stage.called)
+    for number, nexts in enumerate(graph.nexts):
+        if number not in inside:
+            # What comes from outside the call is summed before it.
+            terms |= dict.fromkeys((slot for slot in nexts if slot is not None), 1)
     for number in stage.called:
         for slot in graph.nexts[number]:
             if slot is not None and slot[0] in called:

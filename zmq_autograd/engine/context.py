@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from hashlib import blake2b
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -34,10 +35,17 @@ BACKWARD_TIMEOUT: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What running code is in: a context, and the place where it makes its messages."""
+    """What running code is in: a context, and the place where it makes its messages.
+
+    Attributes:
+        context: the context.
+        place: the place.
+        is_pass: it runs for a backward pass: a hook, say.
+    """
 
     context: Context
     place: Place
+    is_pass: bool = False
 
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("zmq_autograd_scope", default=None)
@@ -102,11 +110,18 @@ class Context:
         """Have what runs in this task from now on be in this context; return its place there.
 
         Args:
-            served: the message or pass that it serves, 0 for the program that opened the context.
+            served: the message that it serves, 0 for the program that opened the context.
         """
         place = Place(self.context_id, served)
         current_scope.set(Scope(self, place))
         return place
+
+    def enter_pass(self, pass_id: int) -> None:
+        """Have what runs in this task from now on run for a pass of this context."""
+        # A hook's messages are made on this worker, unlike those of a call that is served.
+        name = f"{self._host.name} {pass_id}".encode()
+        served = int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
+        current_scope.set(Scope(self, Place(self.context_id, served), is_pass=True))
 
     async def backward(
         self,
@@ -143,8 +158,11 @@ class Context:
             DeadlineExceeded: time ran out; names the messages and workers that were awaited.
             Exception: what a hook, a function or torch raised on this worker.
 
-        Cancelling it aborts the pass everywhere.
+        Cancelling it aborts the pass everywhere, unless it is complete already.
         """
+        scope = current_scope.get()
+        if scope is not None and scope.is_pass:
+            raise self.error("a hook cannot call backward: passes run one after another")
         self.passes.check_usable()
         timeout = checked_timeout(timeout)
         losses = losses_of(roots, grad_tensors, inputs, create_graph=create_graph)

@@ -14,7 +14,7 @@ from zmq_autograd import ids
 from zmq_autograd.engine.context import Context
 from zmq_autograd.engine.distributed_pass import Settings, Told
 from zmq_autograd.engine.host import Host, Peer, tell
-from zmq_autograd.errors import ContextError, WorkerLost
+from zmq_autograd.errors import ContextError, ResourceExhausted, WorkerLost
 from zmq_autograd.session import exception_from
 from zmq_autograd.wire.messages import (
     AbortPass,
@@ -36,6 +36,9 @@ from zmq_autograd.wire.messages import (
 
 CLEANUP_SECONDS: Final = 2.0
 """Seconds that leaving a context waits for the other workers."""
+
+MAX_CONTEXTS: Final = 65_536
+"""Contexts that a worker is in at most: some 256 MiB of their bare selves."""
 
 REMEMBERED_SECONDS: Final = 60.0
 """Seconds for which an ended context is remembered: as long as a call takes by default."""
@@ -67,7 +70,13 @@ class Contexts:
         return Context(ids.random_id(), self._host, self, None)
 
     def add(self, context: Context) -> None:
-        """Have a new context from now on."""
+        """Have a new context from now on.
+
+        Raises:
+            ContextError: it was entered before.
+        """
+        if context.context_id in self._contexts:
+            raise context.error("it has been entered already: open one for each task")
         self._contexts[context.context_id] = context
 
     def join(self, context_id: int, peer: Peer, *, from_owner: bool) -> Context:
@@ -85,9 +94,14 @@ class Contexts:
         context = self._contexts.get(context_id)
         if context is None:
             self._check_not_ended(context_id)
+            if len(self._contexts) >= MAX_CONTEXTS:
+                raise ResourceExhausted(
+                    f"worker {self._host.name!r} has {MAX_CONTEXTS} contexts: that is the limit",
+                    worker=self._host.name,
+                )
             context = self._contexts[context_id] = Context(context_id, self._host, self, peer)
         context.peers.setdefault(peer)
-        if from_owner:
+        if from_owner and context.owner is None:
             context.owner = peer
         return context
 
@@ -141,24 +155,24 @@ class Contexts:
         """Take part in a pass, and return when this part of it is complete."""
         context = self._of(request.context_id, peer)
         if context is None:
-            self._check_not_ended(request.context_id)
-            return StartPassResponse(
-                takes_part=False
-            )  # the call went to a handler that took no part in it
+            _, lost = self._ended.get(request.context_id, (0.0, "nobody"))
+            if not lost:
+                raise self._unknown(request.context_id)
+            # The call went to a handler that took no part in it; or the context ended here with a
+            # worker that was lost, which matters only if a gradient has to come here.
+            return StartPassResponse(takes_part=False)
         # Nothing is awaited before the pass has begun: its gradients may be the next message.
-        context.passes.learn_committed(request.committed)
-        if context.passes.is_over(request.pass_id) and context.passes.find(request.pass_id) is None:
-            return StartPassResponse(is_complete=False)
-        running = context.passes.find(request.pass_id)
+        passes = context.passes
+        passes.learn_committed(request.committed)
+        running = passes.find(request.pass_id)
         if running is not None:
             running.announced(peer, request.message_ids)
             await running.has_told()  # so that who hears the reply knows what will come from here
             return StartPassResponse(is_complete=False)
-        settings = Settings(
-            request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
-        )
-        told_by = Told(peer, frozenset(request.awaited_ids))
-        running = context.passes.start(settings, told_by)
+        if passes.is_over(request.pass_id) or context.parent is None:  # an owner starts its own
+            return StartPassResponse(is_complete=False)
+        settings = _settings(request, request.pass_id)
+        running = passes.start(settings, Told(peer, frozenset(request.awaited_ids)))
         running.announced(peer, request.message_ids)
         await running.completion()
         return StartPassResponse()
@@ -189,10 +203,7 @@ class Contexts:
             request.workers,
         )
         cause = exception_from(error, peer.name)
-        running = context.passes.find(request.pass_id)
-        if running is not None:
-            running.abort(cause)
-        awaited = await context.passes.tell_aborted(request.pass_id, cause, peer)
+        awaited = await context.passes.heard_aborted(request.pass_id, cause, peer)
         return AbortPassResponse(sorted(awaited.message_ids), sorted(awaited.workers))
 
     async def commit_pass(self, request: CommitPass, peer: Peer) -> CommitPassResponse:
@@ -205,11 +216,8 @@ class Contexts:
 
     async def backward(self, request: BackwardRequest, peer: Peer) -> BackwardResponse:
         """Run a pass for `peer`, or pass the request on towards the context's owner."""
-        settings = Settings(
-            request.pass_id, request.retain_graph, request.inputs_only, request.accumulate_grad
-        )
-        await self.find(request.context_id, peer).passes.run(settings)
-        return BackwardResponse()
+        passes = self.find(request.context_id, peer).passes
+        return BackwardResponse(await passes.run(_settings(request)))
 
     async def cleanup_context(
         self, request: CleanupContextRequest, peer: Peer
@@ -266,3 +274,13 @@ class Contexts:
             if len(self._ended) <= REMEMBERED and now - oldest <= REMEMBERED_SECONDS:
                 break
             self._ended.popitem(last=False)
+
+
+def _settings(request: StartPass | BackwardRequest, pass_id: int = 0) -> Settings:
+    return Settings(
+        request.asked_id,
+        request.retain_graph,
+        request.inputs_only,
+        request.accumulate_grad,
+        pass_id,
+    )

@@ -46,16 +46,18 @@ class Settings:
     """What everybody in a pass is told.
 
     Attributes:
-        pass_id: the pass.
+        asked_id: the request for it.
         retain_graph: keep the graph for another pass.
         inputs_only: accumulate no gradients but those of the initiator's inputs.
         accumulate_grad: add them to ``.grad`` too.
+        pass_id: the pass, once the owner has granted it.
     """
 
-    pass_id: int
+    asked_id: int
     retain_graph: bool = False
     inputs_only: bool = False
     accumulate_grad: bool = False
+    pass_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,7 +137,7 @@ class Pass:
         self._changed = asyncio.Event()
         # Messages of ours whose graph is freed, and whose gradients will come all the same: unless
         # they are undefined, the pass must fail.
-        self._stale: set[int] = set()
+        self._stale: dict[int, Peer] = {}
         self._has_told = asyncio.Event()
         self._incomplete = set(self._peers)
         self._is_computing = False
@@ -172,9 +174,9 @@ class Pass:
         workers = {peer.name for peer in self._incomplete}
         if self._is_computing:
             workers.add(self._host.name)
-        sends = [self._sends[number - 1] for number in self._awaited.values()]
-        workers |= {send.peer.name for send in sends}
-        return Awaited({send.message_id for send in sends}, workers)
+        peers = {i: self._sends[number - 1].peer for i, number in self._awaited.items()}
+        peers |= self._stale
+        return Awaited(set(peers), workers | {peer.name for peer in peers.values()})
 
     def take_gradients(self) -> dict[Tensor, Tensor]:
         """Return what it found, once it is complete everywhere; free what it ran through."""
@@ -190,9 +192,10 @@ class Pass:
         """Take in that `peer` takes part, and which gradients it will propagate to this worker."""
         coming = frozenset(message_ids)
         sends = self._context.record.sends
-        self._stale |= {
-            i for i in coming if i not in self._numbers and i in sends and sends[i].freed
-        }
+        for message_id in coming - self._numbers.keys():
+            send = sends.get(message_id)
+            if send is not None and send.peer is peer and send.freed:
+                self._stale[message_id] = peer
         self._undefine(peer, coming)
 
     async def has_told(self) -> None:
@@ -212,7 +215,7 @@ class Pass:
         if send.peer is not peer:
             raise ProtocolError(f"message {message_id} was not sent to worker {peer.name!r}")
         send.check(grads)
-        self._stale.discard(message_id)
+        self._stale.pop(message_id, None)
         self._changed.set()
         number = self._awaited.pop(message_id, None)
         if number is not None:
@@ -220,7 +223,8 @@ class Pass:
 
     def peer_lost(self, peer: Peer) -> None:
         """Take in that `peer` is lost: what it was to propagate will not come."""
-        if any(self._sends[number - 1].peer is peer for number in self._awaited.values()):
+        awaited = [self._sends[number - 1].peer for number in self._awaited.values()]
+        if peer in awaited or peer in self._stale.values():
             self.abort(WorkerLost(peer.name, peer.incarnation, "gradients were awaited from it"))
 
     def _undefine(self, peer: Peer, coming: frozenset[int] = frozenset()) -> None:
@@ -237,15 +241,17 @@ class Pass:
     # --- running ---------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        self._context.enter(self.pass_id)
+        self._context.enter_pass(self.pass_id)
         try:
             await self._context.passes.until_committed()
             async with asyncio.TaskGroup() as group:
                 await self._run_part(group)
         except BaseException as error:  # noqa: BLE001  # a hook's SystemExit, too: `completion` has it
             first = _first_of(error)
+            if isinstance(first, asyncio.CancelledError):  # of a hook's, or this worker is leaving
+                first = RuntimeError("the backward pass was cancelled from within")
             if self.cause is None:
-                self._context.passes.raised(self.pass_id, first)
+                self._context.passes.raised(self.settings.asked_id, first)
             self.abort(first)
         else:
             self._context.passes.completed(self)
@@ -254,7 +260,7 @@ class Pass:
         if self._losses.edges:
             self._resolve(0, self._losses.grads)
         for send in self._sends:
-            if send.peer not in self._incomplete:
+            if send.peer not in self._peers:
                 self._undefine(send.peer)
         try:
             local = self._planned(INLINE_NODES)
@@ -262,7 +268,7 @@ class Pass:
             local = await self._compute(self._planned)
         self._tell_all(local.receives, group)
         self._has_told.set()
-        while self._stale or not local.is_complete:
+        while self._stale or self._incomplete or not local.is_complete:
             await self._changed.wait()
             for receive, grads in await self._advanced(local):
                 self._host.spawn(self._propagate(receive, grads))
@@ -312,7 +318,8 @@ class Pass:
     async def _tell(
         self, peer: Peer, message_ids: Sequence[int], awaited_ids: Sequence[int]
     ) -> None:
-        settings = self.settings
+        settings, passes = self.settings, self._context.passes
+        committed = passes.committed
         reply = await peer.request(
             StartPass(
                 self._context.context_id,
@@ -322,11 +329,14 @@ class Pass:
                 settings.retain_graph,
                 settings.inputs_only,
                 settings.accumulate_grad,
-                self._context.passes.tell_committed(peer),
+                committed,
+                settings.asked_id,
             ),
             timeout=None,
         )
         self._incomplete.discard(peer)
+        self._changed.set()
+        passes.told_committed(peer, committed)
         if isinstance(reply, StartPassResponse) and not reply.takes_part:
             self._undefine(peer)
 
@@ -345,7 +355,10 @@ class Pass:
         try:
             await peer.request(request, timeout=None)
         except Exception as error:  # noqa: BLE001  # whatever it is, all must hear of it
-            self.abort(error)
+            if self._task.done():  # this part is complete: it is the owner's to say what follows
+                self._context.passes.report(self.pass_id, error)
+            else:
+                self.abort(error)
 
     # --- ending it -------------------------------------------------------------------------------
 
@@ -356,9 +369,7 @@ class Pass:
             self._context.passes.aborted(self, self.awaited())
             self._gradients.clear()
             self._has_told.set()
-            if self._task.done():  # who told of it has heard that this part is complete
-                self._host.spawn(self._context.passes.tell_aborted(self.pass_id, cause))
-            elif self._task is not asyncio.current_task():
+            if self._task is not asyncio.current_task():
                 self._task.cancel()
 
 

@@ -53,14 +53,18 @@ def _tensors(what: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _grads(given: Tensor | Sequence[Tensor | None] | None, roots: int) -> list[Tensor | None]:
-    grads = [given] if given is None or isinstance(given, Tensor) else list(given)
     if given is None:
-        grads = [None] * roots
+        return [None] * roots
+    grads = [given] if isinstance(given, Tensor) else given
+    if not isinstance(grads, (list, tuple)):
+        raise ConfigurationError(
+            f"grad_tensors: expected a tensor, several or None, got {short(given)}"
+        )
     if len(grads) != roots:
         raise ConfigurationError(
             f"grad_tensors: expected {roots}, one for each root, got {len(grads)}"
         )
-    return grads
+    return list(grads)
 
 
 def _edge(what: str, tensor: Tensor) -> GradientEdge:

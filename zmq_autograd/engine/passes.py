@@ -7,8 +7,9 @@ of a failed one.  How a pass goes is `distributed_pass`'s.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from zmq_autograd.wire.messages import (
     AbortPass,
     AbortPassResponse,
     BackwardRequest,
+    BackwardResponse,
     CommitPass,
     PropagateGradientsRequest,
 )
@@ -53,12 +55,18 @@ class Passes:
         self._context = context
         self._host = host
         self._turn = asyncio.Lock()
-        # By pass asked for here, what it starts from, and what went wrong with it here.
+        self._granted = 0
+        # By request of this worker, what its pass starts from, and what went wrong with it here;
+        # and the requests whose passes have begun.
         self._requested: dict[int, Losses] = {}
         self._causes: dict[int, BaseException] = {}
-        # Passes that ended here, with what they still awaited; and those whose failure was told on.
-        self._over: dict[int, Awaited] = {}
-        self._told_aborted: set[int] = set()
+        self._begun: set[int] = set()
+        # The last pass that was told of here, and who told; the last that ended here, and what it
+        # awaited; the last whose failure was told on.
+        self._told_by: tuple[int, Peer | None] = 0, None
+        self._ended = 0
+        self._awaited = Awaited()
+        self._told_aborted = 0
         # Why no pass can run any more, and why gradients were lost.
         self._broken = ""
         self._commit_error: BaseException | None = None
@@ -69,19 +77,32 @@ class Passes:
 
     async def backward(self, losses: Losses, settings: Settings, timeout: float | None) -> None:
         """Run a pass from `losses` on this worker; see `Context.backward`."""
-        pass_id = settings.pass_id
-        self._requested[pass_id] = losses
-        running = asyncio.ensure_future(self.run(settings))
+        asked_id = settings.asked_id
+        self._requested[asked_id] = losses
+        running = asyncio.ensure_future(self._outcome(settings))
         try:
             done, _ = await asyncio.wait({running}, timeout=timeout)
-            if not done:
-                raise await self._expired(pass_id, timeout)
-            running.result()
+            error = running.result() if done else await self._expired(running, asked_id, timeout)
+            if error is not None:
+                raise error
         finally:
-            self._requested.pop(pass_id, None)
-            self._causes.pop(pass_id, None)
-            running.add_done_callback(_hear)
+            del self._requested[asked_id]
+            self._causes.pop(asked_id, None)
+            self._begun.discard(asked_id)
             running.cancel()
+        await self.until_committed()
+        if self._commit_error is not None:
+            raise self._commit_error
+
+    async def _outcome(self, settings: Settings) -> BaseException | None:
+        """Run a pass; return why it failed.  A task that raises SystemExit would end the loop."""
+        try:
+            await self.run(settings)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001  # `backward` raises it
+            return error
+        return None
 
     def check_usable(self) -> None:
         """Raise ContextError if no pass can run in it any more."""
@@ -93,8 +114,8 @@ class Passes:
                 f"{self._broken}"
             )
 
-    async def run(self, settings: Settings) -> None:
-        """Run a pass when its turn has come, or have the context's owner run it.
+    async def run(self, settings: Settings) -> int:
+        """Run a pass when its turn has come, or have the context's owner run it; return its id.
 
         Raises:
             BaseException: the first cause, if it is aborted.
@@ -103,60 +124,81 @@ class Passes:
         if parent is None:
             async with self._turn:
                 self.check_usable()
-                await self._run_here(settings)
+                pass_id = await self._run_here(settings)
         else:
-            await self._ask_owner(parent, settings)
-        self.learn_committed(settings.pass_id)
-        await self.until_committed()
-        if self._commit_error is not None:
-            raise self._commit_error
+            pass_id = await self._ask_owner(parent, settings)
         if self._context.is_ended:
             raise self._context.ended_error()
+        self.learn_committed(pass_id)
+        return pass_id
 
-    async def _run_here(self, settings: Settings) -> None:
+    async def _run_here(self, settings: Settings) -> int:
+        self._granted += 1
+        settings = replace(settings, pass_id=self._granted)
         started = self.start(settings)
         try:
             await started.completion()
         except BaseException as error:
             cause = started.cause or error
             telling = self._host.spawn(self.tell_aborted(settings.pass_id, cause))
-            await asyncio.shield(telling)
+            awaited = await asyncio.shield(telling)
+            if isinstance(cause, DeadlineExceeded):
+                raise DeadlineExceeded(
+                    cause.args[0],
+                    workers=sorted(awaited.workers.union(cause.workers)),
+                    message_ids=sorted(awaited.message_ids.union(cause.message_ids)),
+                ) from None
             raise
+        return settings.pass_id
 
-    async def _ask_owner(self, parent: Peer, settings: Settings) -> None:
+    async def _ask_owner(self, parent: Peer, settings: Settings) -> int:
         request = BackwardRequest(
             self._context.context_id,
-            settings.pass_id,
+            settings.asked_id,
             settings.retain_graph,
             settings.inputs_only,
             settings.accumulate_grad,
         )
         try:
-            await parent.request(request, timeout=None)
+            reply = cast(BackwardResponse, await parent.request(request, timeout=None))
         except ZmqAutogradError:
-            cause = self._causes.pop(settings.pass_id, None)
+            cause = self._causes.pop(settings.asked_id, None)
             if cause is None:
                 raise
             raise cause from None  # as it was raised here, before it went round by the owner
+        return reply.pass_id
 
-    async def _expired(self, pass_id: int, timeout: float | None) -> DeadlineExceeded:
-        """End a pass whose time ran out; return what to raise."""
+    async def _expired(
+        self, running: asyncio.Future[BaseException | None], asked_id: int, timeout: float | None
+    ) -> BaseException | None:
+        """End a pass whose time ran out; return what to raise, None if it was complete by then."""
         text = f"backward in context {self._context.context_id} did not end within {timeout:g} s"
-        running = self.find(pass_id)
-        if running is None:
+        if asked_id not in self._begun:
             text += ": it waited for its turn"
             return DeadlineExceeded(text, workers=(self._host.name,))
-        error = DeadlineExceeded(text, workers=(self._host.name,))
-        running.abort(error)
-        awaited = await self.tell_aborted(pass_id, error)
-        workers = sorted(awaited.workers or {self._host.name})
-        message_ids = sorted(awaited.message_ids)
+        error = DeadlineExceeded(text)
+        if self.running is not None and self.running.settings.asked_id == asked_id:
+            self.running.abort(error)
+        else:  # this worker's part is complete: it is the owner's to say what becomes of it
+            self.report(self._ended, error)
+        # The owner tells everybody, and hears what they awaited.
+        done, _ = await asyncio.wait({running}, timeout=2 * ABORT_SECONDS)
+        outcome = running.result() if done else error
+        if not isinstance(outcome, DeadlineExceeded):
+            return outcome
+        workers = sorted(self._awaited.workers.union(outcome.workers)) or [self._host.name]
+        message_ids = sorted(self._awaited.message_ids.union(outcome.message_ids))
         return DeadlineExceeded(
             f"{text}: workers {', '.join(map(repr, workers))} and the gradients for "
             f"{len(message_ids)} messages were awaited",
             workers=workers,
             message_ids=message_ids,
         )
+
+    @property
+    def queued(self) -> list[int]:
+        """The requests of this worker whose passes have not begun: others have their turn."""
+        return [asked_id for asked_id in self._requested if asked_id not in self._begun]
 
     # --- taking part -----------------------------------------------------------------------------
 
@@ -167,14 +209,27 @@ class Passes:
             settings: of the pass.
             told_by: who told of it; None on the context's owner.
         """
-        self.staged = None  # of an aborted pass, or it would have been told to be complete
-        losses = self._requested.get(settings.pass_id, Losses())
+        if self.running is not None:
+            self.running.abort(self._context.error("another backward pass began"))
+        self.staged = None  # it was aborted, or it would have been told to be complete
+        self._told_by = settings.pass_id, None if told_by is None else told_by.peer
+        losses = Losses()
+        if settings.asked_id in self._requested:
+            losses = self._requested[settings.asked_id]
+            self._begun.add(settings.asked_id)
         self.running = Pass(self._context, self._host, settings, losses, told_by)
         return self.running
 
     def is_over(self, pass_id: int) -> bool:
         """Whether this worker's part in the pass has ended."""
-        return pass_id in self._over
+        return pass_id <= self._ended
+
+    def find(self, pass_id: int) -> Pass | None:
+        """Return the pass that runs here or waits to be complete elsewhere, if it is `pass_id`."""
+        for found in (self.running, self.staged):
+            if found is not None and found.pass_id == pass_id:
+                return found
+        return None
 
     def propagated(self, request: PropagateGradientsRequest, peer: Peer) -> None:
         """Take in gradients; those of a pass that has ended are dropped.
@@ -190,38 +245,63 @@ class Passes:
             except Exception as error:
                 running.abort(error)
                 raise
-        elif not self.is_over(request.pass_id):
+        elif not (request.pass_id and self.is_over(request.pass_id)):
             raise self._context.error(f"no backward pass {request.pass_id} is under way")
-
-    @property
-    def queued(self) -> list[int]:
-        """The passes asked for on this worker that have not started: others have their turn."""
-        return [p for p in self._requested if not self.is_over(p) and self.find(p) is None]
-
-    def find(self, pass_id: int) -> Pass | None:
-        """Return the pass that runs here or waits to be complete elsewhere, if it is `pass_id`."""
-        for found in (self.running, self.staged):
-            if found is not None and found.pass_id == pass_id:
-                return found
-        return None
 
     def completed(self, ended: Pass) -> None:
         """Take in that the part of this worker and of all behind it is complete."""
-        self._over[ended.pass_id] = Awaited()
+        self._ended, self._awaited = ended.pass_id, Awaited()
         self.running, self.staged = None, ended
 
     def aborted(self, ended: Pass, awaited: Awaited) -> None:
         """Take in that a pass is over without a result, and what it awaited then."""
-        self._over[ended.pass_id] = awaited
+        self._ended, self._awaited = ended.pass_id, awaited
         self.running = self.staged = None
         if not ended.settings.retain_graph:
             # Not the error itself: its traceback holds on to the graph.
             self._broken = str(ended.cause)
 
-    def raised(self, pass_id: int, error: BaseException) -> None:
-        """Take in what went wrong with a pass on this worker, which may have asked for it."""
-        if pass_id in self._requested:
-            self._causes.setdefault(pass_id, error)
+    def raised(self, asked_id: int, error: BaseException) -> None:
+        """Take in what went wrong on this worker with a pass that it may have asked for."""
+        if asked_id in self._requested:
+            self._causes.setdefault(asked_id, error)
+
+    def end(self, cause: BaseException) -> None:
+        """End whatever runs, and let go of it."""
+        for ended in (self.running, self.staged):
+            if ended is not None:
+                ended.abort(cause)
+        self.running = self.staged = self._commit_error = None
+        self._causes.clear()
+
+    def peer_lost(self, peer: Peer) -> None:
+        """Take in that nothing can be exchanged with `peer` any more."""
+        self._owing.discard(peer)
+        if self.running is not None:
+            self.running.peer_lost(peer)
+
+    # --- failing ---------------------------------------------------------------------------------
+
+    async def heard_aborted(self, pass_id: int, cause: BaseException, peer: Peer) -> Awaited:
+        """Take in that `peer` says that a pass failed; return what was awaited here and behind."""
+        told_id, told_by = self._told_by
+        if told_id != pass_id:
+            return Awaited()
+        if told_by is peer or told_by is None:
+            found = self.find(pass_id)
+            # The owner's own part being complete, all are: it is too late.
+            if found is not None and (told_by is peer or found is self.running):
+                found.abort(cause)
+            return await self.tell_aborted(pass_id, cause, peer) if told_by is peer else Awaited()
+        self.report(pass_id, cause)
+        return Awaited()
+
+    def report(self, pass_id: int, cause: BaseException) -> None:
+        """Let the owner know, along those who told of the pass, that it should fail."""
+        told_id, told_by = self._told_by
+        if told_by is not None and told_id == pass_id and told_by.is_connected:
+            message = _abort_message(self._context.context_id, pass_id, cause, self._host)
+            self._host.spawn(told_by.request(message, timeout=None))
 
     async def tell_aborted(
         self, pass_id: int, cause: BaseException, source: Peer | None = None
@@ -231,11 +311,10 @@ class Passes:
         Returns:
             What was awaited here and behind, as far as it was told within a second.
         """
-        self._over.setdefault(pass_id, Awaited())
-        if pass_id in self._told_aborted:
+        if pass_id <= self._told_aborted:
             return Awaited()  # whoever told first gets it
-        self._told_aborted.add(pass_id)
-        awaited = self._over[pass_id]
+        self._told_aborted = pass_id
+        awaited = self._awaited if self._ended == pass_id else Awaited()
         message = _abort_message(self._context.context_id, pass_id, cause, self._host)
         seconds = ABORT_SECONDS if source is None else ABORT_SECONDS / 2
         others = [peer for peer in self._context.peers if peer is not source and peer.is_connected]
@@ -245,32 +324,21 @@ class Passes:
                 awaited.workers.update(reply.workers)
         return awaited
 
-    def end(self, cause: BaseException) -> None:
-        """End whatever runs, and let go of it."""
-        for ended in (self.running, self.staged):
-            if ended is not None:
-                ended.abort(cause)
-        self.running = self.staged = self._commit_error = None
-        self._requested.clear()
-        self._causes.clear()
-
-    def peer_lost(self, peer: Peer) -> None:
-        """Take in that nothing can be exchanged with `peer` any more."""
-        self._owing.discard(peer)
-        if self.running is not None:
-            self.running.peer_lost(peer)
-
     # --- completing it ---------------------------------------------------------------------------
 
     def learn_committed(self, pass_id: int) -> None:
         """Take in that a pass is complete everywhere; `until_committed` waits for its gradients."""
-        staged = self.staged
+        if pass_id <= self.committed or self._context.is_ended:
+            return
+        self.committed = pass_id
+        staged, self.staged = self.staged, None
         if staged is not None and staged.pass_id == pass_id:
-            self.staged = None
-            self.committed = pass_id
             gradients = staged.take_gradients()
             into_grad = staged.settings.accumulate_grad
             self._committing = self._host.spawn(self._commit(gradients, into_grad=into_grad))
+        # Whoever was told by this worker of the pass, or was in it without this one, hears of it.
+        self._owing.update(peer for peer in self._context.peers if peer.is_connected)
+        asyncio.get_running_loop().call_later(COMMIT_SECONDS, self._pay)
 
     async def until_committed(self) -> None:
         """Wait until the gradients of the last complete pass are the context's."""
@@ -279,14 +347,12 @@ class Passes:
 
     async def _commit(self, gradients: dict[Tensor, Tensor], *, into_grad: bool) -> None:
         record = self._context.record
-        self._context.enter(self.committed)
+        self._context.enter_pass(self.committed)
         summed = partial(record.summed, gradients, into_grad=into_grad)
         try:
             record.gradients = summed() if is_quick(gradients) else await self._host.compute(summed)
         except BaseException as error:  # noqa: BLE001  # a user's hook: it is told where it matters
             self._commit_error, self._broken = error, str(error)
-        self._owing.update(peer for peer in self._context.peers if peer.is_connected)
-        asyncio.get_running_loop().call_later(COMMIT_SECONDS, self._pay)
 
     def _pay(self) -> None:
         """Tell those of the last complete pass whom no other message has told."""
@@ -296,10 +362,10 @@ class Passes:
                 message = CommitPass(self._context.context_id, self.committed)
                 self._host.spawn(peer.request(message, timeout=None))
 
-    def tell_committed(self, peer: Peer) -> int:
-        """Return the last complete pass, which the message about to leave tells `peer`."""
-        self._owing.discard(peer)
-        return self.committed
+    def told_committed(self, peer: Peer, pass_id: int) -> None:
+        """Take in that `peer` has got a message that says that the pass is complete."""
+        if pass_id == self.committed:
+            self._owing.discard(peer)
 
     def check_gradients(self) -> None:
         """Raise ContextError if those of a pass were lost."""
@@ -323,9 +389,3 @@ def _abort_message(context_id: int, pass_id: int, cause: BaseException, host: Ho
         error.message_ids,
         error.workers,
     )
-
-
-def _hear(task: asyncio.Future[None]) -> None:
-    """Take the outcome of a task that nobody awaits any more."""
-    if not task.cancelled():
-        task.exception()

@@ -24,7 +24,7 @@ class Place:
     def __init__(self, context_id: int, served: int = 0) -> None:
         """Make a place in the context, in the call that message `served` made, 0 for none."""
         self._context_id = context_id
-        self._key = served ^ context_id if served else 0
+        self._key = struct.pack("<?Q", bool(served), served ^ context_id if served else 0)
         self._tasks: WeakKeyDictionary[asyncio.Task[object], tuple[int, Iterator[int]]] = (
             WeakKeyDictionary()
         )
@@ -46,6 +46,6 @@ class Place:
         return self._id(_REPLY, 0)
 
     def _id(self, task: int, message: int) -> int:
-        digest = blake2b(struct.pack("<3Q", self._key, task, message), digest_size=8).digest()
+        digest = blake2b(self._key + struct.pack("<2Q", task, message), digest_size=8).digest()
         # Mixed with the context's random id they are as unique as that; 0 stands for none.
         return int.from_bytes(digest, "little") ^ self._context_id or 1

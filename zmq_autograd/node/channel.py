@@ -74,7 +74,9 @@ class Channel:
         )
         self._link: Link | None = None
         self._replies: dict[int, asyncio.Future[Reply]] = {}
-        # Requests above the number that the peer lets run at once, in order, by request id.
+        # Requests that count against the number that the peer lets run at once.
+        self._limited: set[int] = set()
+        # Those above that number, in order, by request id.
         self._held: dict[int, list[Buffer]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         # Of whole messages, what the connection adds not counted.
@@ -179,7 +181,9 @@ class Channel:
         except BaseException:
             self._session.forget(request_id)
             raise
-        has_room = len(self._replies) < self._room()
+        if message.is_limited:
+            self._limited.add(request_id)
+        has_room = not message.is_limited or len(self._limited) <= self._room()
         # The future comes first: sending may find the link broken and end the request at once.
         reply: asyncio.Future[Reply] = self._loop.create_future()
         self._replies[request_id] = reply
@@ -195,11 +199,12 @@ class Channel:
             raise
         finally:
             del self._replies[request_id]
+            self._limited.discard(request_id)
             self._held.pop(request_id, None)
             self._send_held()
 
     def _send_held(self) -> None:
-        while self._held and len(self._replies) - len(self._held) < self._room():
+        while self._held and len(self._limited) - len(self._held) < self._room():
             self._send(self._held.pop(next(iter(self._held))))
 
     def _room(self) -> int:

@@ -68,7 +68,7 @@ async def _inside(
     result = await entry.call(request.args, dict(request.kwargs), node.pool)
     is_on_graph = context.sending(peer, reply.message_id, tensors_in(result))
     return ForwardResponse(
-        result, reply if is_on_graph else None, committed=context.passes.tell_committed(peer)
+        result, reply if is_on_graph else None, committed=context.passes.committed
     )
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from zmq_autograd import ids
 from zmq_autograd.errors import (
@@ -59,6 +60,10 @@ from zmq_autograd.wire.messages import (
 
 Clock = Callable[[], float]
 """Seconds from any fixed point, never going back."""
+
+
+PASS_REQUESTS: Final = 64
+"""Requests of backward passes that a worker takes at once, for each of `Limits.requests`."""
 
 
 class State(enum.Enum):
@@ -112,7 +117,7 @@ class Session:
         self._sent: dict[int, _Sent] = {}
         self._last_sent_id = 0
         # The peer's requests that have not ended.
-        self._received: set[int] = set()
+        self._received: dict[int, type[Request]] = {}
         self._last_received_id = 0
         self._deadlines = Deadlines(self._sent, self._received)
         self._liveness = Liveness(clock(), heartbeat=me.heartbeat, lost_after=lost_after)
@@ -168,7 +173,7 @@ class Session:
         """Return the envelope for the reply to the peer's request, None if nobody awaits it."""
         if request_id not in self._received:
             return None
-        self._received.remove(request_id)
+        del self._received[request_id]
         return Envelope(self.session_id, request_id)
 
     # --- what arrives ----------------------------------------------------------------------------
@@ -283,19 +288,21 @@ class Session:
             error = ProtocolError(problem, worker=self.me.name, request_id=request_id)
             return self._answer_malformed(error, is_reply=False)
         self._last_received_id = request_id
-        if len(self._received) >= self.me.limits.requests:
-            text = f"{self.me.limits.requests} requests are under way: that is the limit"
+        limit = self.me.limits.requests * (1 if message.is_limited else PASS_REQUESTS)
+        alike = (kind for kind in self._received.values() if kind.is_limited is message.is_limited)
+        if len(self._received) >= limit and sum(1 for _ in alike) >= limit:
+            text = f"{limit} requests are under way: that is the limit"
             busy = ResourceExhausted(text, worker=self.me.name)
             return [self._answer(request_id, busy)]
         deadline = None if envelope.timeout is None else self._clock() + envelope.timeout
-        self._received.add(request_id)
+        self._received[request_id] = type(message)
         self._deadlines.add(deadline, ours=False, request_id=request_id)
         return [HandleRequest(request_id, message, deadline)]
 
     def _receive_cancel(self, request_id: int) -> list[Action]:
         if request_id not in self._received:
             return []
-        self._received.remove(request_id)
+        del self._received[request_id]
         return [StopRequest(request_id)]
 
     def _answer_malformed(self, error: ProtocolError, *, is_reply: bool) -> list[Action]:
@@ -356,7 +363,7 @@ class Session:
         return [FinishRequest(request_id, error), *self.cancel(request_id)]
 
     def _expire_received(self, request_id: int) -> list[Action]:
-        self._received.remove(request_id)
+        del self._received[request_id]
         name = self.me.name
         late = DeadlineExceeded(f"worker {name!r} did not finish in time", workers=(name,))
         return [StopRequest(request_id), self._answer(request_id, late)]

@@ -136,6 +136,7 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "inputs_only": f.BOOL,
             "accumulate_grad": f.BOOL,
             "committed": f.ID,
+            "asked_id": f.ID,
         },
     ),
     m.StartPassResponse: Schema(0x45, {"is_complete": f.BOOL, "takes_part": f.BOOL}),
@@ -167,13 +168,13 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
         0x4F,
         {
             "context_id": f.ID,
-            "pass_id": f.ID,
+            "asked_id": f.ID,
             "retain_graph": f.BOOL,
             "inputs_only": f.BOOL,
             "accumulate_grad": f.BOOL,
         },
     ),
-    m.BackwardResponse: Schema(0x50, {}),
+    m.BackwardResponse: Schema(0x50, {"pass_id": f.ID}),
 }
 
 _LARGE_HEADER: Final = 16 * KIB

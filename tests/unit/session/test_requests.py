@@ -27,6 +27,7 @@ from zmq_autograd.session import (
     StopRequest,
     error_response,
 )
+from zmq_autograd.session.state import PASS_REQUESTS
 from zmq_autograd.wire import Envelope
 from zmq_autograd.wire.messages import (
     AutogradMetadata,
@@ -161,9 +162,9 @@ def test_ids_may_leave_gaps_up_to_the_largest(pair: Pair) -> None:
 def test_more_requests_than_the_limit_are_refused_until_one_ends() -> None:
     pair = Pair(bob_requests=2)
     for request_id in (2, 3):
-        actions = pair.bob.receive(Envelope(pair.id, request_id), CLEANUP)
-        assert actions == [HandleRequest(request_id, CLEANUP, None)]
-    assert pair.bob.receive(Envelope(pair.id, 4), CLEANUP) == [
+        actions = pair.bob.receive(Envelope(pair.id, request_id), Status())
+        assert actions == [HandleRequest(request_id, Status(), None)]
+    assert pair.bob.receive(Envelope(pair.id, 4), Status()) == [
         Send(
             Envelope(pair.id, 4),
             ErrorResponse(
@@ -177,9 +178,23 @@ def test_more_requests_than_the_limit_are_refused_until_one_ends() -> None:
         )
     ]
     pair.bob.receive(Envelope(pair.id), Cancel(2))
-    assert pair.bob.receive(Envelope(pair.id, 5), CLEANUP) == [HandleRequest(5, CLEANUP, None)]
-    again = pair.bob.receive(Envelope(pair.id, 4), CLEANUP)
+    assert pair.bob.receive(Envelope(pair.id, 5), Status()) == [HandleRequest(5, Status(), None)]
+    again = pair.bob.receive(Envelope(pair.id, 4), Status())
     assert again == [pair.refusal(4, "expected a request id above 5, got 4")]
+
+
+def test_requests_of_passes_have_a_limit_of_their_own() -> None:
+    """Calls that wait for a pass must not keep that from going on, and passes not each other."""
+    pair = Pair(bob_requests=1)
+    assert pair.bob.receive(Envelope(pair.id, 2), Status()) == [HandleRequest(2, Status(), None)]
+    ids = range(3, 3 + PASS_REQUESTS)
+    for request_id in ids:
+        actions = pair.bob.receive(Envelope(pair.id, request_id), CLEANUP)
+        assert actions == [HandleRequest(request_id, CLEANUP, None)]
+    [refusal] = pair.bob.receive(Envelope(pair.id, ids[-1] + 1), CLEANUP)
+    assert isinstance(refusal, Send)
+    assert isinstance(refusal.message, ErrorResponse)
+    assert refusal.message.text == f"{PASS_REQUESTS} requests are under way: that is the limit"
 
 
 def test_another_sessions_request_is_refused(pair: Pair) -> None:

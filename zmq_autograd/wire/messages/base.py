@@ -18,7 +18,14 @@ class Reply(Message):
 
 
 class Request(Message):
-    """A message that asks for exactly one reply, of the type `reply` or an `ErrorResponse`."""
+    """A message that asks for exactly one reply, of the type `reply` or an `ErrorResponse`.
+
+    Attributes:
+        reply: the type of its reply.
+        is_limited: it counts against `Limits.requests`.  What a backward pass needs does not: it
+            would wait for calls, and passes for each other.
+    """
 
     __slots__ = ()
     reply: ClassVar[type[Reply]]
+    is_limited: ClassVar[bool] = True

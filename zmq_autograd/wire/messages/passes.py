@@ -46,6 +46,7 @@ class PropagateGradientsRequest(Request):
     """
 
     reply: ClassVar = PropagateGradientsResponse
+    is_limited: ClassVar = False
 
     metadata: AutogradMetadata
     grads: Gradients
@@ -69,6 +70,7 @@ class CleanupContextRequest(Request):
     """
 
     reply: ClassVar = CleanupContextResponse
+    is_limited: ClassVar = False
 
     context_id: int
     committed: int = 0
@@ -95,7 +97,7 @@ class StartPass(Request):
 
     Attributes:
         context_id: the context.
-        pass_id: the pass, whose turn the context's owner granted.
+        pass_id: the pass; the context's owner counts them from 1.
         message_ids: forward messages of the receiver's over which the sender will propagate
             gradients, defined or not; whatever else the receiver sent it gets none.
         awaited_ids: forward messages of the sender's over which it awaits gradients from the
@@ -105,9 +107,11 @@ class StartPass(Request):
         inputs_only: accumulate no gradients of leaves: the initiator named those that it wants.
         accumulate_grad: add the gradients of leaves to their ``.grad`` too.
         committed: the context's last pass that the sender knows to be complete, 0 for none.
+        asked_id: the `BackwardRequest` that asked for it, 0 if the owner did.
     """
 
     reply: ClassVar = StartPassResponse
+    is_limited: ClassVar = False
 
     context_id: int
     pass_id: int
@@ -117,6 +121,7 @@ class StartPass(Request):
     inputs_only: bool = False
     accumulate_grad: bool = False
     committed: int = 0
+    asked_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,7 @@ class CommitPass(Request):
     """
 
     reply: ClassVar = CommitPassResponse
+    is_limited: ClassVar = False
 
     context_id: int
     committed: int
@@ -156,6 +162,9 @@ class AbortPassResponse(Reply):
 class AbortPass(Request):
     """End a backward pass everywhere, with its first cause, whose fields are `ErrorResponse`'s.
 
+    From who told the receiver of the pass it is to be obeyed; from anybody else it goes up to the
+    context's owner, who decides.
+
     Attributes:
         context_id: the context.
         pass_id: the pass.
@@ -171,6 +180,7 @@ class AbortPass(Request):
     """
 
     reply: ClassVar = AbortPassResponse
+    is_limited: ClassVar = False
 
     context_id: int
     pass_id: int
@@ -187,27 +197,34 @@ class AbortPass(Request):
 
 @dataclass(frozen=True, slots=True)
 class BackwardResponse(Reply):
-    """The backward pass is complete everywhere."""
+    """The backward pass is complete everywhere.
+
+    Attributes:
+        pass_id: what the owner called it.
+    """
+
+    pass_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardRequest(Request):
     """Ask a context's owner, along the way the context came, to run a backward pass.
 
-    Whoever asks first takes part in it with the roots that it keeps under `pass_id`.
+    Whoever asked takes part in it, once it starts, with the roots that it keeps under `asked_id`.
 
     Attributes:
         context_id: the context.
-        pass_id: what the pass will be called.
+        asked_id: which request this is, on its whole way.
         retain_graph: as in `StartPass`.
         inputs_only: as in `StartPass`.
         accumulate_grad: as in `StartPass`.
     """
 
     reply: ClassVar = BackwardResponse
+    is_limited: ClassVar = False
 
     context_id: int
-    pass_id: int
+    asked_id: int
     retain_graph: bool = False
     inputs_only: bool = False
     accumulate_grad: bool = False
