@@ -69,7 +69,11 @@ async def test_time_that_runs_out_after_the_end_changes_nothing(two: Pair) -> No
     """Accumulate hooks run when the pass is complete: they may take as long as they like."""
     x = ones(2)
     released = threading.Event()
-    x.register_post_accumulate_grad_hook(lambda _: released.wait(10))  # type: ignore[no-untyped-call]
+
+    def hold(leaf: Tensor) -> None:
+        released.wait(10)
+
+    x.register_post_accumulate_grad_hook(hold)  # type: ignore[no-untyped-call]
     async with two.alice.context() as ctx:
         y = await two.remote_bob.call("triple", x)
         asyncio.get_running_loop().call_later(1.0, released.set)

@@ -243,7 +243,7 @@ class Pass:
     async def _run(self) -> None:
         self._context.enter_pass(self.pass_id)
         try:
-            await self._context.passes.until_committed()
+            await self._context.passes.until_idle()
             async with asyncio.TaskGroup() as group:
                 await self._run_part(group)
         except BaseException as error:  # noqa: BLE001  # a hook's SystemExit, too: `completion` has it
@@ -309,11 +309,27 @@ class Pass:
                 group.create_task(self._tell(peer, coming[peer], awaited[peer]))
 
     async def _compute(self, function: Callable[[], T]) -> T:
+        """Run `function` off the loop; a pass that is aborted meanwhile leaves it running."""
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        outcome.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._context.passes.computing(self._host.spawn(self._computed(function, outcome)))
         self._is_computing = True
         try:
-            return await self._host.compute(function)
+            return await outcome
         finally:
             self._is_computing = False
+
+    async def _computed(self, function: Callable[[], T], outcome: asyncio.Future[T]) -> None:
+        """Put what becomes of `function` into `outcome`: a task that raises may end the loop."""
+        self._context.enter_pass(self.pass_id)
+        try:
+            result = await self._host.compute(function)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the pass has it
+            if not outcome.done():
+                outcome.set_exception(error)
+        else:
+            if not outcome.done():
+                outcome.set_result(result)
 
     async def _tell(
         self, peer: Peer, message_ids: Sequence[int], awaited_ids: Sequence[int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import Tensor
 
@@ -72,6 +72,8 @@ class Passes:
         self._commit_error: BaseException | None = None
         self._committing: asyncio.Task[None] | None = None
         self._owing: set[Peer] = set()
+        # What runs in threads, for a pass that was aborted too: nothing stops it there.
+        self._computing: set[asyncio.Task[Any]] = set()
 
     # --- asking for one --------------------------------------------------------------------------
 
@@ -266,6 +268,17 @@ class Passes:
         if asked_id in self._requested:
             self._causes.setdefault(asked_id, error)
 
+    def computing(self, task: asyncio.Task[Any]) -> None:
+        """Take in that a pass computes something."""
+        self._computing.add(task)
+        task.add_done_callback(self._computing.discard)
+
+    async def until_idle(self) -> None:
+        """Wait until nothing of an earlier pass runs any more."""
+        await self.until_committed()
+        if self._computing:
+            await asyncio.wait(self._computing)
+
     def end(self, cause: BaseException) -> None:
         """End whatever runs, and let go of it."""
         for ended in (self.running, self.staged):
@@ -322,6 +335,8 @@ class Passes:
             if isinstance(reply, AbortPassResponse):
                 awaited.message_ids.update(reply.message_ids)
                 awaited.workers.update(reply.workers)
+        if self._computing:
+            await asyncio.wait(self._computing, timeout=seconds)
         return awaited
 
     # --- completing it ---------------------------------------------------------------------------
