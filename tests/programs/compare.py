@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tests.programs.program import Backward, Program, all_calls
+from tests.programs.program import Program, all_passes
 from tests.programs.record import LEAF_ACCUMULATED, LEAF_HOOK, Key, Record
 
 # Sums are taken in another order than in one process.
@@ -75,9 +75,7 @@ def _is_unsure(program: Program, key: Key) -> bool:
     """Tell whether an aborted pass may have been seen under `key`, among those of others."""
     if not _is_shared(program, key) or key[0] == LEAF_ACCUMULATED:
         return False
-    bodies = [*program.trainers, *(c.body for b in program.trainers for c in all_calls(b))]
-    steps = [step for body in bodies for step in body if isinstance(step, Backward)]
-    return any(one.fails for step in steps for one in step.passes)
+    return any(one.fails for one in all_passes(program))
 
 
 def _bits(grads: Sequence[Tensor | None]) -> list[bytes | None]:

@@ -8,6 +8,7 @@ and cancellations too, so that two interpreters can follow the same program.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -290,6 +291,15 @@ def all_calls(body: tuple[Step, ...]) -> Iterator[Call]:
     for call in calls_in(body):
         yield call
         yield from all_calls(call.body)
+
+
+def all_passes(program: Program) -> Iterator[Pass]:
+    """Yield every pass of every trainer, wherever it is asked for."""
+    for body in program.trainers:
+        bodies = [body, *(call.body for call in all_calls(body))]
+        for step in itertools.chain.from_iterable(bodies):
+            if isinstance(step, Backward):
+                yield from step.passes
 
 
 def registers_read_by(step: Step) -> Iterator[int]:

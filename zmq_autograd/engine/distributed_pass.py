@@ -270,9 +270,11 @@ class Pass:
         self._has_told.set()
         while self._stale or self._incomplete or not local.is_complete:
             await self._changed.wait()
-            for receive, grads in await self._advanced(local):
-                self._host.spawn(self._propagate(receive, grads))
-            await asyncio.sleep(0)  # they have left, or the pass is aborted
+            self._changed.clear()
+            if self._resolved:
+                for receive, grads in await self._advanced(local):
+                    self._host.spawn(self._propagate(receive, grads))
+                await asyncio.sleep(0)  # they have left, or the pass is aborted
         self._gradients, self._freed = local.gradients, local.freed
 
     def _planned(self, at_most: float = math.inf) -> LocalPass:
@@ -286,7 +288,6 @@ class Pass:
     async def _advanced(self, local: LocalPass) -> list[Emission]:
         """Give `local` what was resolved, and return what is complete now."""
         resolved, self._resolved = self._resolved, []
-        self._changed.clear()
         if any(grad is not None for _, grads in resolved for grad in grads or ()):
             self._has_gradients = True
         advance = partial(_advance, local, resolved)
