@@ -114,6 +114,8 @@ class LocalPass:
         slots = [[slot for slot in slots if slot is not None] for slots in self._slots]
         self._stages = stages_of(self._graph, slots, self._wanted_nodes(wanted), self._captures)
         self._unresolved = sum(1 << root for root, edges in enumerate(slots) if edges)
+        # Which nodes run only once; a custom Function that has run cannot tell any more.
+        self._saves = [not retain_graph and calls.saves_tensors(node) for node in graph.nodes]
         # Edges that gradients have flowed in through.
         self._used: list[tuple[int, int]] = []
         # What has flowed into nodes that have not run, by number and input.
@@ -206,19 +208,19 @@ class LocalPass:
         # Emptied list by list: what nothing else holds need not be copied later.
         self.gradients = {tensor: _sum(found.pop(tensor)) for tensor in list(found)}
         if not self._retain_graph:
-            is_freed = self._saving()
+            is_freed = self._freed_nodes()
             for root, index in self._used:
                 slot = self._slots[root][index]
                 if slot is not None and is_freed[slot[0]]:
                     self.freed.append((root, index))
 
-    def _saving(self) -> list[bool]:
-        """Tell of each node whether it, or one that it leads to, saves tensors."""
-        saving = [calls.saves_tensors(node) for node in self._graph.nodes]
-        for number in range(len(saving) - 1, -1, -1):
+    def _freed_nodes(self) -> list[bool]:
+        """Tell of each node whether it, or one that it leads to, has saved tensors."""
+        freed = list(self._saves)
+        for number in range(len(freed) - 1, -1, -1):
             nexts = self._graph.nexts[number]
-            saving[number] |= any(slot is not None and saving[slot[0]] for slot in nexts)
-        return saving
+            freed[number] |= any(slot is not None and freed[slot[0]] for slot in nexts)
+        return freed
 
     def _run_stage(self, stage: Stage) -> list[Emission]:
         for number in stage.stepped:
@@ -255,7 +257,7 @@ class LocalPass:
         node, nexts = self._graph.nodes[number], self._graph.nexts[number]
         leads = [self._edge(slot) for slot in dict.fromkeys(nexts) if slot is not None]
         passed_on, given = calls.step(node, grads, leads)
-        if not self._retain_graph and calls.saves_tensors(node):
+        if not self._retain_graph and self._saves[number]:
             calls.mark_freed(node)
         for index, (slot, grad) in enumerate(zip(nexts, passed_on, strict=True)):
             if slot is not None and grad is not None:
