@@ -228,6 +228,9 @@ class RemoteWorker:
         except SerializationError:  # nothing has left
             context.not_sent(message_id)
             raise
+        except ZmqAutogradError:  # the function may have run a pass before it failed
+            await context.passes.until_committed()
+            raise
         context.passes.told_committed(self, committed)
         if reply.metadata is not None:
             context.received(self, reply.metadata.message_id, tensors_in(reply.result))
