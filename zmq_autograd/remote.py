@@ -13,7 +13,11 @@ from torch import Tensor
 
 from zmq_autograd.autograd.functions import cut_off
 from zmq_autograd.engine import Context, Contexts, Scope, current_scope
-from zmq_autograd.errors import ContextError, SerializationError
+from zmq_autograd.errors import (
+    ContextError,
+    SerializationError,
+    ZmqAutogradError,
+)
 from zmq_autograd.node import RESERVED_PREFIX, current_modes
 from zmq_autograd.session import Identity, checked_timeout
 from zmq_autograd.wire.messages import (
