@@ -19,7 +19,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "multi_node.py"
 EPOCHS = "2"
-TRAINER_SECONDS = 60
+TRAINER_SECONDS = 90
 STOP_SECONDS = 10
 
 Process = subprocess.Popen[str]
