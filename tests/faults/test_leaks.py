@@ -125,7 +125,7 @@ async def test_a_thousand_starts_and_stops_leave_nothing() -> None:
     assert each < MOST_BYTES_EACH
 
 
-LEAVERS: Final = 20
+LEAVERS: Final = 8
 
 
 async def test_workers_that_are_told_to_leave_finish_what_is_under_way() -> None:

@@ -39,7 +39,8 @@ class Draft:
         caller: who called it; None for a trainer's own.
         depth: calls that lead to it.
         no_grad: it runs under `torch.no_grad`.
-        may_run_passes: nothing else of this trainer runs while it does.
+        is_alone: nothing else of this trainer runs while it does.
+        is_repeated: it may be run several times.
         slots: what bodies before it kept: worker and tensor, by slot.
         steps: written so far.
         registers: what its steps made.
@@ -50,7 +51,8 @@ class Draft:
     caller: int | None
     depth: int
     no_grad: bool
-    may_run_passes: bool
+    is_alone: bool
+    is_repeated: bool
     slots: dict[int, tuple[int, Symbol]]
     steps: list[Step] = field(default_factory=list)
     registers: list[Symbol] = field(default_factory=list)
@@ -68,13 +70,24 @@ class Budget:
         freed: saving places that a pass may have freed.
         freed_for_certain: and those that one has, among others.
         is_broken: a pass that did not retain the graph was aborted: no other may run.
-        is_alone: there is one trainer.
+        has_one_trainer: nobody else's passes reach the leaves.
     """
 
     calls: int
-    is_alone: bool
+    has_one_trainer: bool
     numbers: itertools.count[int]
     sites: set[int] = field(default_factory=set)
     freed: set[int] = field(default_factory=set)
     freed_for_certain: set[int] = field(default_factory=set)
     is_broken: bool = False
+
+    def add_saving(self, symbol: Symbol) -> None:
+        """Take in that what makes `symbol` saves tensors."""
+        place = next(self.numbers)
+        symbol.saving |= {place}
+        symbol.certain |= {place}
+
+    def add_site(self, symbol: Symbol, site: int) -> None:
+        """Take in that gradients for `symbol` reach `site`."""
+        self.sites.add(site)
+        symbol.certain |= {site}

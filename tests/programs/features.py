@@ -27,7 +27,9 @@ from tests.programs.program import (
     Step,
     UseLeaf,
     all_calls,
+    all_steps,
     calls_in,
+    passes_in,
     registers_made_by,
     registers_read_by,
 )
@@ -60,6 +62,7 @@ FEATURES: Final = (
     "disjoint passes",
     "passes asked for at once",
     "pass from a called worker",
+    "passes from several workers at once",
     "fault in backward",
     "fault, then repeated",
     "pass over freed graph",
@@ -92,15 +95,14 @@ def features_of(program: Program, frames: dict[str, Frame]) -> set[str]:
 def _in_trainer(body: tuple[Step, ...]) -> Iterator[str]:
     """Yield what the program of one trainer says as a whole."""
     calls = list(all_calls(body))
-    steps = [*body, *(step for call in calls for step in call.body)]
-    passes = [one for step in steps if isinstance(step, Backward) for one in step.passes]
+    passes = list(passes_in(body))
     for call in calls:
         yield from _of_call(call)
         if any(isinstance(step, Backward) for step in call.body):
             yield "pass from a called worker"
         if any(calls_in(call.body)):
             yield "nested call"
-    for step in steps:
+    for step in all_steps(body):
         yield from _of_step(step)
     yield from _of_passes(passes)
 
@@ -122,6 +124,8 @@ def _of_step(step: Step) -> Iterator[str]:
     match step:
         case Gather():
             yield "calls at once"
+            if sum(any(passes_in(call.body)) for call in step.calls) > 1:
+                yield "passes from several workers at once"
         case Finish(cancels=True):
             yield "cancelled call"
         case InPlace():

@@ -12,8 +12,10 @@ from tests.programs.program import Backward, Pass, Root
 
 def write_backward(draw: st.DrawFn, draft: Draft, budget: Budget) -> bool:
     """Append one or two passes to `draft`, or what comes of a fault; False where none can run."""
-    if draft.no_grad or not draft.may_run_passes or budget.is_broken:
+    if draft.no_grad or draft.is_repeated or budget.is_broken:
         return False
+    if not draft.is_alone:
+        return _write_pass_among_others(draw, draft, budget)
     first = _write_pass(draw, draft, budget)
     if first is None:
         return False
@@ -49,6 +51,14 @@ def _write_pass(
         budget.freed_for_certain |= certain
         budget.is_broken = fault is not None
     return Pass(roots, retain_graph, fault)
+
+
+def _write_pass_among_others(draw: st.DrawFn, draft: Draft, budget: Budget) -> bool:
+    """Append a pass of which it is open what runs before it and what after."""
+    roots = _draw_roots(draw, draft, lambda symbol: not symbol.saving & budget.freed)
+    if roots:
+        draft.steps.append(Backward((Pass(roots, retain_graph=True),)))
+    return bool(roots)
 
 
 def _write_second_pass(draw: st.DrawFn, draft: Draft, budget: Budget) -> None:

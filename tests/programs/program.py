@@ -8,7 +8,6 @@ and cancellations too, so that two interpreters can follow the same program.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -296,10 +295,30 @@ def all_calls(body: tuple[Step, ...]) -> Iterator[Call]:
 def all_passes(program: Program) -> Iterator[Pass]:
     """Yield every pass of every trainer, wherever it is asked for."""
     for body in program.trainers:
-        bodies = [body, *(call.body for call in all_calls(body))]
-        for step in itertools.chain.from_iterable(bodies):
-            if isinstance(step, Backward):
-                yield from step.passes
+        yield from passes_in(body)
+
+
+def passes_in(body: tuple[Step, ...]) -> Iterator[Pass]:
+    """Yield the passes that a body, or one that it calls in turn, asks for."""
+    for step in all_steps(body):
+        if isinstance(step, Backward):
+            yield from step.passes
+
+
+def has_passes_in_any_order(program: Program) -> bool:
+    """Tell whether it is open which pass comes first, and what calls are made before it."""
+    return any(
+        isinstance(step, Gather) and any(any(passes_in(call.body)) for call in step.calls)
+        for body in program.trainers
+        for step in all_steps(body)
+    )
+
+
+def all_steps(body: tuple[Step, ...]) -> Iterator[Step]:
+    """Yield the steps of a body, and those of all that it calls in turn."""
+    yield from body
+    for call in all_calls(body):
+        yield from call.body
 
 
 def registers_read_by(step: Step) -> Iterator[int]:

@@ -86,12 +86,14 @@ class Author:
         self._budget = budget
         self._leaf_symbols = [Symbol(requires_grad=True, is_leaf=True) for _ in leaves]
         for number, (leaf, symbol) in enumerate(zip(leaves, self._leaf_symbols, strict=True)):
-            if leaf.hook is not None and budget.is_alone:  # no fault in another trainer's pass
-                self._add_site(symbol, leaf_site(number))
+            if (
+                leaf.hook is not None and budget.has_one_trainer
+            ):  # no fault in another trainer's pass
+                self._budget.add_site(symbol, leaf_site(number))
 
     def write_trainer(self, trainer: int) -> tuple[Step, ...]:
         """Return what the trainer does."""
-        draft = Draft(trainer, None, 0, no_grad=False, may_run_passes=True, slots={})
+        draft = Draft(trainer, None, 0, no_grad=False, is_alone=True, is_repeated=False, slots={})
         for _ in range(self._between(1, 3)):
             self._write_steps(draft, self._between(2, 6))
             self.call(draft)
@@ -145,11 +147,14 @@ class Author:
             draft.worker,
             draft.depth + 1,
             draft.no_grad or no_grad,
-            draft.may_run_passes and failures == 0,
+            draft.is_alone,
+            draft.is_repeated or failures > 0,
             draft.slots,
             registers=self._receive([draft.registers[register] for register in args]),
         )
         self._write_steps(callee, self._between(1, 6))
+        if not draft.is_alone and self._is_one_in(2):
+            self.backward(callee)
         self._finish_all(callee)
         returns = tuple(self._pick(callee) for _ in range(self._between(1, 3)))
         sent = [callee.registers[register] for register in returns]
@@ -188,14 +193,14 @@ class Author:
     def gather(self, draft: Draft) -> bool:
         written = []
         kept: dict[int, tuple[int, Symbol]] = {}
-        may_run_passes, slots = draft.may_run_passes, draft.slots
-        draft.may_run_passes = False
+        is_alone, slots = draft.is_alone, draft.slots
+        draft.is_alone = False
         for _ in range(self._between(2, 3)):
             draft.slots = dict(slots)  # what one of them keeps may come too late for another
             one = self._write_call(draft)
             written += [] if one is None else [one]
             kept.update(draft.slots)
-        draft.may_run_passes, draft.slots = may_run_passes, slots
+        draft.is_alone, draft.slots = is_alone, slots
         slots.update(kept)
         if not written:
             return False
@@ -231,6 +236,8 @@ class Author:
         return write_backward(self._draw, draft, self._budget)
 
     def collect(self, draft: Draft) -> bool:
+        if not draft.is_alone:  # others may run passes meanwhile
+            return False
         draft.steps.append(Collect())
         return True
 
@@ -292,7 +299,7 @@ class Author:
         for output in outputs:
             if output.requires_grad:
                 output.saving |= frozenset() if kind == "block" else {site}
-                self._add_site(output, site)
+                self._budget.add_site(output, site)
         return True
 
     def detach(self, draft: Draft) -> bool:
@@ -318,17 +325,18 @@ class Author:
             changed.certain |= other.certain
             changed.requires_grad = True
         elif kind != "add_" and changed.requires_grad:
-            self._add_saving(changed)
+            self._budget.add_saving(changed)
         return True
 
     def hook(self, draft: Draft) -> bool:
         a, site = self._pick(draft), next(self._budget.numbers)
         symbol = draft.registers[a]
-        # The hook of a leaf would be seen by the other trainer, sooner or later.
-        if not symbol.requires_grad or (symbol.is_leaf and not self._budget.is_alone):
+        # Elsewhere a pass of somebody else may come to the hook, or not.
+        is_alone = draft.is_alone and (self._budget.has_one_trainer or not symbol.is_leaf)
+        if not symbol.requires_grad or not (is_alone or symbol.is_fresh):
             return False
         draft.steps.append(Hook(self._choose(tuple(HOOKS)), a, site))
-        self._add_site(symbol, site)
+        self._budget.add_site(symbol, site)
         return True
 
     def keep(self, draft: Draft) -> bool:
@@ -359,18 +367,9 @@ class Author:
             made.saving = frozenset[int]().union(*(symbol.saving for symbol in used))
             made.certain = frozenset[int]().union(*(symbol.certain for symbol in used))
             if saves:
-                self._add_saving(made)
+                self._budget.add_saving(made)
         draft.registers.append(made)
         return made
-
-    def _add_saving(self, symbol: Symbol) -> None:
-        place = next(self._budget.numbers)
-        symbol.saving |= {place}
-        symbol.certain |= {place}
-
-    def _add_site(self, symbol: Symbol, site: int) -> None:
-        self._budget.sites.add(site)
-        symbol.certain |= {site}
 
     # --- draws -----------------------------------------------------------------------------------
 
