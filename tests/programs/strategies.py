@@ -86,10 +86,9 @@ class Author:
         self._budget = budget
         self._leaf_symbols = [Symbol(requires_grad=True, is_leaf=True) for _ in leaves]
         for number, (leaf, symbol) in enumerate(zip(leaves, self._leaf_symbols, strict=True)):
-            if (
-                leaf.hook is not None and budget.has_one_trainer
-            ):  # no fault in another trainer's pass
-                self._budget.add_site(symbol, leaf_site(number))
+            # With two trainers a fault there would be one in the other's passes.
+            if leaf.hook is not None and budget.has_one_trainer:
+                budget.add_site(symbol, leaf_site(number))
 
     def write_trainer(self, trainer: int) -> tuple[Step, ...]:
         """Return what the trainer does."""

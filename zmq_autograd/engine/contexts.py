@@ -167,8 +167,9 @@ class Contexts:
         running = passes.find(request.pass_id)
         if running is not None:
             running.announced(peer, request.message_ids)
-            await running.has_told()  # so that who hears the reply knows what will come from here
-            return StartPassResponse(is_complete=False)
+            # Who hears the reply knows what will come from here.
+            was_told = await running.has_told(peer)
+            return StartPassResponse(is_complete=False, takes_part=was_told)
         if passes.is_over(request.pass_id) or context.parent is None:  # an owner starts its own
             return StartPassResponse(is_complete=False)
         settings = _settings(request, request.pass_id)

@@ -198,9 +198,14 @@ class Pass:
                 self._stale[message_id] = peer
         self._undefine(peer, coming)
 
-    async def has_told(self) -> None:
-        """Wait until this worker has told everybody what gradients it will propagate."""
+    async def has_told(self, peer: Peer) -> bool:
+        """Wait until this worker has told everybody what gradients it will propagate.
+
+        Returns:
+            Whether `peer` was told: one that was met after the pass began here gets none.
+        """
         await self._has_told.wait()
+        return peer in self._peers
 
     def propagated(self, peer: Peer, message_id: int, grads: Sequence[Tensor | None]) -> None:
         """Take in the gradients for a message of ours; what is not awaited is dropped.

@@ -84,7 +84,8 @@ class StartPassResponse(Reply):
     Attributes:
         is_complete: this worker's part is complete, and so are the parts of all whom it told first;
             False if it was told of the pass before, by somebody else.
-        takes_part: False if nothing of the context is known here, so that no gradients will come.
+        takes_part: False if no gradients will come from here: nothing of the context is known, or
+            nothing was exchanged with the sender when the pass began here.
     """
 
     is_complete: bool = True
