@@ -60,8 +60,18 @@ class Schema:
 
 # Tags below 0x40 are torch's own numbers for the same messages (`MessageType`).
 SCHEMAS: Final[dict[type[m.Message], Schema]] = {
-    m.RRefFetchRequest: Schema(0x08, {"rref_id": f.ID, "metadata": f.OPTIONAL_METADATA}),
-    m.RRefFetchResponse: Schema(0x0A, {"value": f.VALUE, "metadata": f.OPTIONAL_METADATA}),
+    m.RRefFetchRequest: Schema(
+        0x08,
+        {
+            "rref_id": f.ID,
+            "metadata": f.OPTIONAL_METADATA,
+            "committed": f.ID,
+            "from_owner": f.BOOL,
+        },
+    ),
+    m.RRefFetchResponse: Schema(
+        0x0A, {"value": f.VALUE, "metadata": f.OPTIONAL_METADATA, "committed": f.ID}
+    ),
     m.RRefDeleteRequest: Schema(0x0B, {"rref_id": f.ID, "fork_id": f.ID}),
     m.RRefForkRequest: Schema(0x0C, {"rref_id": f.ID, "fork_id": f.ID}),
     m.RRefAcceptRequest: Schema(0x0D, {"rref_id": f.ID, "fork_id": f.ID}),
@@ -76,6 +86,8 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "profiler": f.VALUE,
             "committed": f.ID,
             "from_owner": f.BOOL,
+            "target_id": f.ID,
+            "keep": f.BOOL,
         },
     ),
     m.ForwardResponse: Schema(
@@ -102,9 +114,15 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
     ),
     m.CleanupContextResponse: Schema(0x14, {}),
     m.RRefBackwardRequest: Schema(
-        0x17, {"rref_id": f.ID, "context_id": f.ID, "retain_graph": f.BOOL}
+        0x17,
+        {
+            "rref_id": f.ID,
+            "context_id": f.ID,
+            "retain_graph": f.BOOL,
+            "accumulate_grad": f.BOOL,
+        },
     ),
-    m.RRefBackwardResponse: Schema(0x18, {}),
+    m.RRefBackwardResponse: Schema(0x18, {"committed": f.ID}),
     m.ErrorResponse: Schema(
         0x37,
         {

@@ -1,14 +1,17 @@
 """Arguments and results to plain msgpack and back.
 
-Owns which values can travel: None, bool, int, float, complex, str, bytes, Tensor, and lists,
-tuples and dicts of them.  What msgpack has stands for itself; everything else is a map with exactly
-one key, its tag, so that a map is never data::
+Owns which values can travel: None, bool, int, float, complex, str, bytes, Tensor, what stands for
+an object (`objects`), and lists, tuples and dicts of them.  What msgpack has stands for itself;
+everything else is a map with exactly one key, its tag, so that a map is never data::
 
     (1, 2)          {"tuple": [1, 2]}
     {"a": 1}        {"dict": [["a", 1]]}
     1j              {"complex": [0.0, 1.0]}
     2**70           {"int": <9 bytes, big-endian, two's complement>}
     a tensor        {"tensor": 0}               the index of its frame
+    a sparse one    {"sparse": [0, 1, [3, 3], false]}   of its two, its shape, is_coalesced
+    an RRef         {"rref": [owner, incarnation, rref_id, fork_id, [endpoint, ...]]}
+    an object       {"coded": [codec, value]}
 
 No msgpack extension types, no names of classes: what arrives can only become these values.
 """
@@ -21,7 +24,9 @@ from typing import Any, Final
 from torch import Tensor
 
 from zmq_autograd.errors import ProtocolError, SerializationError
+from zmq_autograd.ids import MAX_ID
 from zmq_autograd.wire.limits import MAX_CONTAINERS, MAX_NESTING, MAX_NUMBER_KEYS
+from zmq_autograd.wire.objects import Coded, Reference
 from zmq_autograd.wire.tensors import TensorReader, TensorWriter
 
 _MIN_INT: Final = -(2**63)
@@ -40,14 +45,20 @@ def pack_value(value: Any, tensors: TensorWriter, depth: int = 0) -> Any:
         return value
     if isinstance(value, Tensor):
         _count(tensors)
-        return {"tensor": tensors.add_once(value)}
+        place = tensors.add_once(value)
+        return {"sparse" if isinstance(place, list) else "tensor": place}
     if isinstance(value, (int, float, complex)):
         return _pack_number(value, tensors)
-    if isinstance(value, (list, tuple, dict)):
+    if isinstance(value, (list, tuple, dict, Coded)):
         return _pack_container(value, tensors, depth)
+    if isinstance(value, Reference):
+        _count(tensors)
+        ids = [value.rref_id, value.fork_id]
+        return {"rref": [value.owner, value.incarnation, *ids, list(value.endpoints)]}
     raise SerializationError(
         f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot travel: send "
-        "tensors, numbers, str, bytes, None, or lists, tuples and dicts of them"
+        "tensors, numbers, str, bytes, None, RRefs, or lists, tuples and dicts of them, or register a "
+        "codec for it"
     )
 
 
@@ -77,12 +88,48 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, dict)) and depth <= MAX_NESTING:
         for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item, depth + 1)
+    elif isinstance(value, Coded) and depth <= MAX_NESTING:
+        yield from tensors_in(value.value, depth + 1)
+
+
+def contains(value: Any, kind: type | tuple[type, ...], depth: int = 0) -> bool:
+    """Tell whether `value` is, or has in it as deep as values can travel, one of `kind`."""
+    if type(value) in _PLAIN_TYPES:
+        return False
+    if isinstance(value, kind):
+        return True
+    if depth > MAX_NESTING:
+        return False
+    if isinstance(value, (list, tuple)):
+        return any(contains(item, kind, depth + 1) for item in value)
+    if isinstance(value, dict):
+        return any(contains(item, kind, depth + 1) for item in value.values())
+    return isinstance(value, Coded) and contains(value.value, kind, depth + 1)
+
+
+def replaced(
+    value: Any, kind: type | tuple[type, ...], replace: Callable[[Any], Any], depth: int = 0
+) -> Any:
+    """Return `value` with whatever in it is one of `kind` replaced; the innermost first."""
+    if type(value) in _PLAIN_TYPES:
+        return value
+    if depth <= MAX_NESTING:
+        if isinstance(value, (list, tuple)):
+            items = [replaced(item, kind, replace, depth + 1) for item in value]
+            value = items if isinstance(value, list) else tuple(items)
+        elif isinstance(value, dict):
+            value = {k: replaced(v, kind, replace, depth + 1) for k, v in value.items()}
+        elif isinstance(value, Coded):
+            value = Coded(value.codec, replaced(value.value, kind, replace, depth + 1))
+    return replace(value) if isinstance(value, kind) else value
 
 
 def _pack_container(value: Any, tensors: TensorWriter, depth: int) -> Any:
     if depth == MAX_NESTING:
         raise SerializationError(f"a value nested deeper than {MAX_NESTING} levels cannot travel")
     _count(tensors, 1 + (len(value) if isinstance(value, dict) else 0))
+    if isinstance(value, Coded):
+        return {"coded": [value.codec, pack_value(value.value, tensors, depth + 1)]}
     if isinstance(value, list):
         return [pack_value(item, tensors, depth + 1) for item in value]
     if isinstance(value, tuple):
@@ -134,12 +181,16 @@ def _one_deeper(tensors: TensorReader, depth: int, *, entries: int = 0) -> int:
     """Enter one more list, tuple or dict of the message."""
     if depth == MAX_NESTING:
         raise ProtocolError(f"value nested deeper than {MAX_NESTING} levels")
-    tensors.containers += 1 + entries
+    _note(tensors, 1 + entries)
+    return depth + 1
+
+
+def _note(tensors: TensorReader, more: int = 1) -> None:
+    tensors.containers += more
     if tensors.containers > MAX_CONTAINERS:
         raise ProtocolError(
             f"more than {MAX_CONTAINERS} lists, tuples, dicts and values that are not plain"
         )
-    return depth + 1
 
 
 def _unpack_items(packed: list[Any], tensors: TensorReader, depth: int) -> list[Any]:
@@ -151,6 +202,10 @@ def _unpack_items(packed: list[Any], tensors: TensorReader, depth: int) -> list[
 
 def _unpack_tensor(body: object, tensors: TensorReader, depth: int) -> Tensor:
     return tensors.take(body)
+
+
+def _unpack_sparse(body: object, tensors: TensorReader, depth: int) -> Tensor:
+    return tensors.take_sparse(body)
 
 
 def _unpack_tuple(body: object, tensors: TensorReader, depth: int) -> tuple[Any, ...]:
@@ -188,10 +243,34 @@ def _unpack_int(body: object, tensors: TensorReader, depth: int) -> int:
     return int.from_bytes(body, "big", signed=True)
 
 
+def _unpack_reference(body: object, tensors: TensorReader, depth: int) -> Reference:
+    _note(tensors)
+    if type(body) is list and len(body) == 5:
+        owner, incarnation, rref_id, fork_id, endpoints = body
+        if (
+            (type(owner), type(incarnation), type(endpoints)) == (str, str, list)
+            and all(type(number) is int and 0 < number <= MAX_ID for number in (rref_id, fork_id))
+            and all(type(endpoint) is str for endpoint in endpoints)
+        ):
+            return Reference(owner, incarnation, rref_id, fork_id, tuple(endpoints))
+    raise ProtocolError(
+        "value: expected [owner, incarnation, rref id, fork id, [endpoint, ...]] in an rref"
+    )
+
+
+def _unpack_coded(body: object, tensors: TensorReader, depth: int) -> Coded:
+    if type(body) is not list or len(body) != 2 or type(body[0]) is not str:
+        raise ProtocolError("value: expected [codec, value] in a coded")
+    return Coded(body[0], unpack_value(body[1], tensors, _one_deeper(tensors, depth)))
+
+
 _TAGS: Final[dict[str, Callable[[object, TensorReader, int], Any]]] = {
     "tensor": _unpack_tensor,
+    "sparse": _unpack_sparse,
     "tuple": _unpack_tuple,
     "dict": _unpack_dict,
     "complex": _unpack_complex,
     "int": _unpack_int,
+    "rref": _unpack_reference,
+    "coded": _unpack_coded,
 }

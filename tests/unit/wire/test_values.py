@@ -111,7 +111,7 @@ def test_numbers_of_numpy_that_are_pythons_own_travel_and_others_do_not() -> Non
     "value", [{1, 2}, object(), bytearray(b"a"), range(3), torch.float32, len, [{"a": {1}}]]
 )
 def test_what_cannot_travel_says_what_to_send(value: Any) -> None:
-    assert "send tensors, numbers, str, bytes, None, or lists" in cannot_travel(value)
+    assert "send tensors, numbers, str, bytes, None, RRefs, or lists" in cannot_travel(value)
 
 
 def test_a_dict_key_that_cannot_travel_says_so() -> None:

@@ -30,7 +30,7 @@ class ForwardResponse(Reply):
     """The result of a call (torch: ``RpcWithAutograd`` response).
 
     Attributes:
-        result: what the function returned.
+        result: what the function returned; an RRef to it where the request said `keep`.
         metadata: the message that carried it back, where it is on the autograd graph.
         profiler_events: what the profiler saw, where the request asked for it.
         committed: the context's last pass that the sender knows to be complete, 0 for none.
@@ -47,7 +47,8 @@ class ForwardRequest(Request):
     """A call of a registered function (torch: ``RpcWithAutograd`` request).
 
     Attributes:
-        function: the registered name, with ``.method`` for a method of a registered object.
+        function: the registered name, with ``.method`` for a method of a registered object; or the
+            name of the method, where there is a `target_id`.
         args: positional arguments.
         kwargs: keyword arguments.
         metadata: the context and message, None outside a context.
@@ -55,6 +56,8 @@ class ForwardRequest(Request):
         profiler: configuration of the caller's profiler, None where none runs.
         committed: the context's last pass that the sender knows to be complete, 0 for none.
         from_owner: the sender opened the context.
+        target_id: the RRef whose value's method is called, 0 for a registered function.
+        keep: keep the result, and reply an RRef to it (torch: ``PYTHON_REMOTE_CALL``).
     """
 
     reply: ClassVar = ForwardResponse
@@ -67,3 +70,5 @@ class ForwardRequest(Request):
     profiler: Any = None
     committed: int = 0
     from_owner: bool = False
+    target_id: int = 0
+    keep: bool = False

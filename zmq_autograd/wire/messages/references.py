@@ -11,7 +11,13 @@ from zmq_autograd.wire.messages.passes import AutogradMetadata
 
 @dataclass(frozen=True, slots=True)
 class RRefBackwardResponse(Reply):
-    """The backward pass from the owner's value is complete."""
+    """The backward pass from the owner's value is complete.
+
+    Attributes:
+        committed: the context's last pass that the sender knows to be complete.
+    """
+
+    committed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +28,16 @@ class RRefBackwardRequest(Request):
         rref_id: the value.
         context_id: the context.
         retain_graph: keep the graph for another pass.
+        accumulate_grad: add the gradients of leaves to their ``.grad`` too.
     """
 
     reply: ClassVar = RRefBackwardResponse
+    is_limited: ClassVar = False
 
     rref_id: int
     context_id: int
     retain_graph: bool = False
+    accumulate_grad: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,10 +47,12 @@ class RRefFetchResponse(Reply):
     Attributes:
         value: the value itself.
         metadata: the message that carried it, where it is on the autograd graph.
+        committed: the context's last pass that the sender knows to be complete, 0 for none.
     """
 
     value: Any = None
     metadata: AutogradMetadata | None = None
+    committed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +62,16 @@ class RRefFetchRequest(Request):
     Attributes:
         rref_id: the value.
         metadata: the context and message, None outside a context.
+        committed: the context's last pass that the sender knows to be complete, 0 for none.
+        from_owner: the sender opened the context.
     """
 
     reply: ClassVar = RRefFetchResponse
 
     rref_id: int
     metadata: AutogradMetadata | None = None
+    committed: int = 0
+    from_owner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,7 @@ class RRefForkRequest(Request):
     """
 
     reply: ClassVar = RRefForkResponse
+    is_limited: ClassVar = False
 
     rref_id: int
     fork_id: int
@@ -94,6 +110,7 @@ class RRefAcceptRequest(Request):
     """
 
     reply: ClassVar = RRefAcceptResponse
+    is_limited: ClassVar = False
 
     rref_id: int
     fork_id: int
@@ -114,6 +131,7 @@ class RRefDeleteRequest(Request):
     """
 
     reply: ClassVar = RRefDeleteResponse
+    is_limited: ClassVar = False
 
     rref_id: int
     fork_id: int
