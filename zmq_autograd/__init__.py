@@ -31,6 +31,7 @@ from zmq_autograd.errors import (
 from zmq_autograd.launch.world import init
 from zmq_autograd.node import compute
 from zmq_autograd.remote import RemoteWorker
+from zmq_autograd.rref import RRef
 from zmq_autograd.wire import Limits, messages
 from zmq_autograd.worker import Worker, connect, current_context, current_peer, current_worker
 
@@ -48,6 +49,8 @@ __all__ = [
     # differentiating
     "Context",
     "current_context",
+    # state that lives elsewhere
+    "RRef",
     # the wire
     "wire",
     "messages",

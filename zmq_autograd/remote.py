@@ -1,12 +1,13 @@
 """What a user holds of another worker: `RemoteWorker`, and functions on it.
 
-Knows the node by one narrow protocol, `Requests`; never the worker it belongs to.
+Knows the node by two narrow protocols, `Requests` and `Home`; never the worker it belongs to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from zmq_autograd.errors import (
     SerializationError,
     ZmqAutogradError,
 )
-from zmq_autograd.node import RESERVED_PREFIX, current_modes
+from zmq_autograd.module import RemoteModule
+from zmq_autograd.node import RESERVED_PREFIX, Codecs, current_modes
 from zmq_autograd.session import Identity, checked_timeout
+from zmq_autograd.wire import DEFAULT_LIMITS, Limits
 from zmq_autograd.wire.messages import (
     AutogradMetadata,
     ForwardRequest,
@@ -28,8 +31,13 @@ from zmq_autograd.wire.messages import (
     PropagateGradientsResponse,
     Reply,
     Request,
+    RRefFetchRequest,
+    RRefFetchResponse,
 )
 from zmq_autograd.wire.values import tensors_in
+
+if TYPE_CHECKING:
+    from zmq_autograd.rref import RRef
 
 DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a call waits for its reply by default, as in torch.distributed.rpc."""
@@ -54,6 +62,13 @@ class Requests(Protocol):
         """Send a request and return its reply."""
 
 
+class Home(Protocol):
+    """What a remote worker needs of the worker that holds it."""
+
+    contexts: Contexts
+    codecs: Codecs
+
+
 class RemoteWorker:
     """Another worker, as long as the session with it lasts.
 
@@ -66,11 +81,11 @@ class RemoteWorker:
         endpoint: the endpoint dialled, or the address it came from.
     """
 
-    def __init__(self, session: Requests, contexts: Contexts) -> None:
-        """Hold the peer of `session`, which is open; `contexts` are this side's."""
+    def __init__(self, session: Requests, home: Home) -> None:
+        """Hold the peer of `session`, which is open, on the worker `home`."""
         identity = session.identity
         self._session = session
-        self._contexts = contexts
+        self._home = home
         self.name = identity.name if identity else ""
         self.incarnation = identity.incarnation if identity else ""
         self.endpoint = session.address
@@ -78,6 +93,12 @@ class RemoteWorker:
     def __repr__(self) -> str:
         lost = "" if self.is_connected else ", lost"
         return f"<RemoteWorker {self.name!r} at {self.endpoint}{lost}>"
+
+    @property
+    def limits(self) -> Limits:
+        """What it takes in of one message."""
+        identity = self._session.identity
+        return identity.limits if identity else DEFAULT_LIMITS
 
     @property
     def is_connected(self) -> bool:
@@ -91,7 +112,8 @@ class RemoteWorker:
 
         Args:
             function: its name; ``name.method`` for a method of a registered object.
-            args: tensors, numbers, str, bytes, None, and lists, tuples and dicts of them.
+            args: tensors, numbers, str, bytes, None, RRefs, what has a codec (`Worker.codec`), and
+                lists, tuples and dicts of them.
             timeout: seconds to wait for the result, None for ever; inside a handler never more
                 than the call that it serves has left.
             kwargs: like `args`.
@@ -125,6 +147,40 @@ class RemoteWorker:
 
         remote_function.__name__ = remote_function.__qualname__ = function
         return remote_function
+
+    async def remote(
+        self, function: str, /, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any
+    ) -> RRef:
+        """Call a function as `call` does, and keep its result there (torch: ``rpc.remote``).
+
+        Returns:
+            An RRef to the result, which is there by then.
+
+        Raises:
+            ZmqAutogradError: as for `call`; nothing is kept.
+
+        Cancelling it keeps nothing either.
+        """
+        return cast("RRef", await self._call(function, args, kwargs, timeout, keep=True))
+
+    async def module(
+        self, name: str, /, *, timeout: float | None = DEFAULT_TIMEOUT
+    ) -> RemoteModule:
+        """Return a module that the worker has registered with ``expose="module"``.
+
+        Args:
+            name: its name.
+            timeout: seconds that this, and each call of the module's, waits; None for ever.
+
+        Raises:
+            NotRegistered: it offers no module of that name to this worker.
+            ZmqAutogradError: as for `call`.
+        """
+
+        def method(key: str) -> Callable[..., Awaitable[Any]]:
+            return self.function(f"{name}.{key}", timeout=timeout)
+
+        return await RemoteModule.of(self, name, method)
 
     async def propagate_gradients(
         self,
@@ -173,23 +229,78 @@ class RemoteWorker:
 
     def context(self) -> Context:
         """Return a new context of this side's worker; see `Worker.context`."""
-        return self._contexts.new()
+        return self._home.contexts.new()
+
+    # --- what RRefs do here ----------------------------------------------------------------------
+
+    async def call_method(
+        self,
+        rref_id: int,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        *,
+        keep: bool = False,
+    ) -> Any:
+        """Call a method of a value that lives there; `RRef.call` and `RRef.remote` do."""
+        return await self._call(method, args, kwargs, timeout, target_id=rref_id, keep=keep)
+
+    async def fetch(self, rref_id: int, timeout: float | None) -> Any:
+        """Return a value that lives there; `RRef.to_here` does."""
+        scope = current_scope.get()
+        if scope is None:
+            reply = await self.request(RRefFetchRequest(rref_id), timeout=timeout)
+            value = cast(RRefFetchResponse, reply).value
+            for tensor in tensors_in(value):
+                tensor.requires_grad_(False)
+            return self._home.codecs.unpack(value)
+        context = self._checked(scope)
+        message_id = scope.place.next_id()
+        context.sending(self, message_id, ())
+        committed = context.passes.committed
+        request = RRefFetchRequest(
+            rref_id,
+            AutogradMetadata(context.context_id, message_id),
+            committed,
+            from_owner=context.parent is None,
+        )
+        reply = await self._exchange(context, request, timeout)
+        return self._home.codecs.unpack(cast(RRefFetchResponse, reply).value)
+
+    # --- calling ---------------------------------------------------------------------------------
 
     async def _call(
-        self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+        self,
+        function: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        *,
+        target_id: int = 0,
+        keep: bool = False,
     ) -> Any:
-        scope = None if function.startswith(RESERVED_PREFIX) else current_scope.get()
+        packed_args, packed_kwargs = self._home.codecs.pack([args, kwargs])
+        is_internal = function.startswith(RESERVED_PREFIX) and not target_id
+        message = ForwardRequest(
+            function,
+            packed_args,
+            packed_kwargs,
+            modes=current_modes(),
+            target_id=target_id,
+            keep=keep,
+        )
+        scope = None if is_internal else current_scope.get()
         if scope is None:
-            return await self._call_outside(function, args, kwargs, timeout)
-        return await self._call_inside(scope, function, args, kwargs, timeout)
+            result = await self._call_outside(message, timeout)
+        else:
+            result = await self._call_inside(scope, message, timeout)
+        return self._home.codecs.unpack(result)
 
-    async def _call_outside(
-        self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
-    ) -> Any:
+    async def _call_outside(self, message: ForwardRequest, timeout: float | None) -> Any:
         """Make a call that carries values alone."""
-        message = ForwardRequest(function, args, kwargs, modes=current_modes())
         is_cut = torch.is_grad_enabled() and any(
-            t.requires_grad for t in tensors_in([args, kwargs])
+            t.requires_grad for t in tensors_in([message.args, message.kwargs])
         )
         reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
         for tensor in tensors_in(reply.result):
@@ -199,45 +310,49 @@ class RemoteWorker:
         return reply.result
 
     async def _call_inside(
-        self,
-        scope: Scope,
-        function: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
+        self, scope: Scope, message: ForwardRequest, timeout: float | None
     ) -> Any:
         """Make a call that takes the context along, and puts its tensors on the graph."""
+        context = self._checked(scope)
+        message_id = scope.place.next_id()
+        context.sending(self, message_id, tensors_in([message.args, message.kwargs]))
+        message = replace(
+            message,
+            metadata=AutogradMetadata(context.context_id, message_id),
+            committed=context.passes.committed,
+            from_owner=context.parent is None,
+        )
+        return cast(ForwardResponse, await self._exchange(context, message, timeout)).result
+
+    def _checked(self, scope: Scope) -> Context:
         context = scope.context
-        if context.table is not self._contexts:
+        if context.table is not self._home.contexts:
             raise ContextError(
                 f"{context} is not of the worker that is connected to {self.name!r}: a context "
                 "belongs to one worker",
                 context_id=context.context_id,
                 worker=self.name,
             )
-        message_id = scope.place.next_id()
-        context.sending(self, message_id, tensors_in([args, kwargs]))
-        committed = context.passes.committed
-        message = ForwardRequest(
-            function,
-            args,
-            kwargs,
-            AutogradMetadata(context.context_id, message_id),
-            current_modes(),
-            committed=committed,
-            from_owner=context.parent is None,
-        )
+        return context
+
+    async def _exchange(
+        self, context: Context, message: ForwardRequest | RRefFetchRequest, timeout: float | None
+    ) -> ForwardResponse | RRefFetchResponse:
+        """Send what belongs to a context, and put the tensors of the reply on its graph."""
         try:
-            reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
+            reply = await self.request(message, timeout=timeout)
         except SerializationError:  # nothing has left
-            context.not_sent(message_id)
+            if message.metadata is not None:
+                context.not_sent(message.metadata.message_id)
             raise
         except ZmqAutogradError:  # the function may have run a pass before it failed
             await context.passes.until_committed()
             raise
-        context.passes.told_committed(self, committed)
-        if reply.metadata is not None:
-            context.received(self, reply.metadata.message_id, tensors_in(reply.result))
-        context.passes.learn_committed(reply.committed)
+        context.passes.told_committed(self, message.committed)
+        answer = cast(ForwardResponse | RRefFetchResponse, reply)
+        value = answer.result if isinstance(answer, ForwardResponse) else answer.value
+        if answer.metadata is not None:
+            context.received(self, answer.metadata.message_id, tensors_in(value))
+        context.passes.learn_committed(answer.committed)
         await context.passes.until_committed()
-        return reply.result
+        return answer

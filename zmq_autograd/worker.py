@@ -16,10 +16,19 @@ from typing import Any, Final, Self, TypeVar, cast, overload
 from zmq_autograd import ids
 from zmq_autograd.engine import Context, current_scope
 from zmq_autograd.errors import ConfigurationError
-from zmq_autograd.node import Dispatcher, Expose, Handler, Node, Registry, current_call
+from zmq_autograd.node import (
+    Codecs,
+    Dispatcher,
+    Expose,
+    Handler,
+    Node,
+    Registry,
+    current_call,
+)
 from zmq_autograd.node.signals import stopped_by_signals
 from zmq_autograd.node.status import status_of
 from zmq_autograd.remote import RemoteWorker
+from zmq_autograd.rref import RRef
 from zmq_autograd.session import HEARTBEAT_SECONDS, LOST_AFTER_SECONDS, Identity, checked_timeout
 from zmq_autograd.transport import is_loopback
 from zmq_autograd.wire import DEFAULT_LIMITS, Limits
@@ -90,6 +99,7 @@ class Worker:
             raise ConfigurationError(f"drain: expected seconds >= 0, got {drain!r}")
         self._registry = Registry(name)
         self._dispatcher = Dispatcher(name, send_tracebacks=tracebacks)
+        self._codecs = Codecs(name)
         self.configure(name=name, listen=listen)
 
     def __repr__(self) -> str:
@@ -122,7 +132,7 @@ class Worker:
         if not insecure:
             self._check_reach(endpoints, name)
         self._name, self._insecure, self._listen = name, insecure, endpoints
-        self._registry.worker = self._dispatcher.worker = name
+        self._registry.worker = self._dispatcher.worker = self._codecs.worker = name
 
     def _check_reach(self, endpoints: Sequence[str], name: str) -> None:
         for endpoint in endpoints:
@@ -201,6 +211,27 @@ class Worker:
 
         return add if target is None else add(target)
 
+    def codec(
+        self,
+        kind: type[T],
+        name: str | None = None,
+        *,
+        pack: Callable[[T], Any],
+        unpack: Callable[[Any], T],
+    ) -> None:
+        """Let objects of a type travel, in arguments and results; the other side does so, too.
+
+        Args:
+            kind: the type; its subclasses travel as it, unless they have a codec themselves.
+            name: what both sides call it; by default the type's qualified name.
+            pack: makes of an object what can travel.  Tensors in it stay on the graph.
+            unpack: makes an object of that.
+
+        Raises:
+            ConfigurationError: the type or the name has a codec already.
+        """
+        self._codecs.add(kind, name, pack, unpack)
+
     def handler(
         self, kind: type[R]
     ) -> Callable[
@@ -244,8 +275,10 @@ class Worker:
             self,
             self._registry,
             self._dispatcher,
+            self._codecs,
             lost_after=self._lost_after,
-            make_peer=lambda channel: RemoteWorker(channel, node.contexts),
+            make_peer=lambda channel: RemoteWorker(channel, node),
+            make_rref=lambda fork: RRef(fork, node),
         )
         self._node = node
         try:
@@ -313,6 +346,14 @@ class Worker:
         """
         return self._running_node().contexts.new()
 
+    def rref(self, value: Any) -> RRef:
+        """Return an RRef to a value of this worker's own, to be passed on (torch: ``RRef(value)``).
+
+        Raises:
+            ConfigurationError: the worker is not running.
+        """
+        return cast(RRef, self._running_node().rrefs.keep(value))
+
     def status(self) -> dict[str, Any]:
         """Return what the worker is doing, as plain values: what `zmq-autograd status` shows.
 
@@ -328,6 +369,9 @@ class Worker:
           complete everywhere, or ``"queued"`` where it was asked for and has to wait for its turn;
           the ``message_ids`` that it waits for gradients of, and the ``workers`` that it waits for,
           its own where it is computing.
+        * ``rrefs``: how many values are ``owned`` here, and the ``forks`` of them that there are;
+          how many RRefs to values elsewhere are ``held``, and how many that were passed on are
+          ``pending`` until their owner counts the new holder.
 
         It is never more than one message has room for: some 400 sessions and 400 contexts, and 20
         each of a context's peers and passes, and of a pass's messages and workers.

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "zmq_autograd"
 
 FLOORS = [
-    {"cli", "__main__"},
+    {"cli", "__main__", "compat", "blocking"},
     {"launch"},
     {"worker"},
-    {"remote"},
+    {"remote", "rref", "module", "optimizer"},
     {"node"},
     {"engine"},
     {"autograd"},

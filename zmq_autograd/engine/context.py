@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from zmq_autograd.engine.host import Host, Peer
 from zmq_autograd.engine.losses import losses_of
 from zmq_autograd.engine.passes import Passes
 from zmq_autograd.engine.places import Place
-from zmq_autograd.errors import ContextError, WorkerLost
+from zmq_autograd.errors import ConfigurationError, ContextError, WorkerLost
 from zmq_autograd.session import checked_timeout
 
 if TYPE_CHECKING:
@@ -46,6 +46,21 @@ class Scope:
     context: Context
     place: Place
     is_pass: bool = False
+
+
+@runtime_checkable
+class RemoteRoot(Protocol):
+    """Something on another worker that a pass can be run from: an RRef."""
+
+    async def run_backward(
+        self,
+        context: Context,
+        *,
+        retain_graph: bool,
+        accumulate_grad: bool,
+        timeout: float | None,
+    ) -> None:
+        """Run a pass of `context` from it."""
 
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("zmq_autograd_scope", default=None)
@@ -125,7 +140,7 @@ class Context:
 
     async def backward(
         self,
-        roots: Tensor | Sequence[Tensor],
+        roots: Tensor | Sequence[Tensor] | RemoteRoot,
         grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
         *,
         retain_graph: bool = False,
@@ -140,7 +155,9 @@ class Context:
         them, or none if this raises.  Passes of one context run one after another.
 
         Args:
-            roots: a tensor or several, of this worker, that require grad.
+            roots: a tensor or several, of this worker, that require grad; or an RRef to a tensor,
+                which its owner runs the pass from, with no other arguments than `retain_graph`,
+                `accumulate_grad` and `timeout`.
             grad_tensors: for each root the gradient to start from, of its shape; None stands for 1
                 and needs a root of one element.
             retain_graph: keep the graph for another pass.
@@ -165,6 +182,16 @@ class Context:
             raise self.error("a hook cannot call backward: passes run one after another")
         self.passes.check_usable()
         timeout = checked_timeout(timeout)
+        if isinstance(roots, RemoteRoot):
+            if grad_tensors is not None or inputs is not None or create_graph:
+                raise ConfigurationError(
+                    "backward from an RRef: expected no grad_tensors, inputs or create_graph: what "
+                    "they would refer to lives elsewhere"
+                )
+            await roots.run_backward(
+                self, retain_graph=retain_graph, accumulate_grad=accumulate_grad, timeout=timeout
+            )
+            return
         losses = losses_of(roots, grad_tensors, inputs, create_graph=create_graph)
         settings = Settings(ids.random_id(), retain_graph, inputs is not None, accumulate_grad)
         await self.passes.backward(losses, settings, timeout)

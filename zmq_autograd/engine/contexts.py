@@ -124,7 +124,17 @@ class Contexts:
         Raises:
             ContextError: there is no such context, or no longer.
         """
-        context = self._of(context_id, peer)
+        return self._there(context_id, self._of(context_id, peer))
+
+    def get(self, context_id: int) -> Context:
+        """Return a context of this worker.
+
+        Raises:
+            ContextError: there is no such context, or no longer.
+        """
+        return self._there(context_id, self._contexts.get(context_id))
+
+    def _there(self, context_id: int, context: Context | None) -> Context:
         if context is None:
             self._check_not_ended(context_id)
             raise self._unknown(context_id)

@@ -18,6 +18,7 @@ from zmq_autograd.errors import (
     ZmqAutogradError,
 )
 from zmq_autograd.node.current import shortened
+from zmq_autograd.node.rrefs import Given, RRefs
 from zmq_autograd.session import (
     Action,
     Close,
@@ -48,6 +49,13 @@ class ChannelOwner(Protocol):
 
     def channel_closed(self, channel: Channel) -> None:
         """Hear that the channel is gone.  Called once, opened or not."""
+
+    def take(self, channel: Channel, message: Message) -> Message:
+        """Return a message that arrived as whoever gets it sees it.  Raises ProtocolError."""
+
+    @property
+    def rrefs(self) -> RRefs:
+        """The RRefs in what is sent and received."""
 
     def handle(self, channel: Channel, request: HandleRequest) -> asyncio.Task[None]:
         """Start a task that handles `request` and replies through `Channel.reply`."""
@@ -176,10 +184,12 @@ class Channel:
         message_ids = (metadata.message_id,) if isinstance(metadata, AutogradMetadata) else ()
         envelope = self._session.request(type(message), timeout, message_ids)
         request_id = envelope.request_id
+        message, given = self._owner.rrefs.give(message, self.peer)
         try:
             frames = self._encoded(message, envelope)
         except BaseException:
             self._session.forget(request_id)
+            self._owner.rrefs.taken_back(given)
             raise
         if message.is_limited:
             self._limited.add(request_id)
@@ -193,7 +203,7 @@ class Channel:
             self._held[request_id] = hold(frames)
         self._arm()
         try:
-            return await reply
+            answer = await reply
         except asyncio.CancelledError:
             self._perform(self._session.cancel(request_id))
             raise
@@ -202,6 +212,8 @@ class Channel:
             self._limited.discard(request_id)
             self._held.pop(request_id, None)
             self._send_held()
+        await self._owner.rrefs.until_claimed(answer)
+        return answer
 
     def _send_held(self) -> None:
         while self._held and len(self._limited) - len(self._held) < self._room():
@@ -214,29 +226,37 @@ class Channel:
 
     def reply(self, request_id: int, reply: Reply) -> None:
         """Answer the peer's request, unless nobody awaits that any more."""
-        self._answer(request_id, self._reply_frames(request_id, reply))
+        self._answer(request_id, *self._reply_frames(request_id, reply))
 
     async def reply_when_drained(self, request_id: int, reply: Reply) -> None:
         """Like `reply`, but wait while too much waits to be sent to the peer.
 
         The reply's tensors have been read when this first suspends.
         """
-        frames = self._reply_frames(request_id, reply)
+        frames, given = self._reply_frames(request_id, reply)
         if self._link and self._link.pending_bytes >= HIGH_WATER_BYTES:
             frames = hold(frames)
-            await self._link.drained()
-        self._answer(request_id, frames)
+            try:
+                await self._link.drained()
+            except asyncio.CancelledError:
+                self._owner.rrefs.taken_back(given)
+                raise
+        self._answer(request_id, frames, given)
 
-    def _reply_frames(self, request_id: int, reply: Reply) -> list[Buffer]:
+    def _reply_frames(self, request_id: int, reply: Reply) -> tuple[list[Buffer], Given]:
         envelope = Envelope(self._session.session_id, request_id)
+        message, given = self._owner.rrefs.give(reply, self.peer)
         try:
-            return self._encoded(reply, envelope)
+            return self._encoded(message, envelope), given
         except Exception as error:  # noqa: BLE001  # whatever it is, the sender must hear of it
-            return self._own_frames(error_response(error, self._owner.me.name), envelope)
+            self._owner.rrefs.taken_back(given)
+            return self._own_frames(error_response(error, self._owner.me.name), envelope), []
 
-    def _answer(self, request_id: int, frames: list[Buffer]) -> None:
+    def _answer(self, request_id: int, frames: list[Buffer], given: Given) -> None:
         if self._session.reply(request_id) is not None:
             self._send(frames)
+        else:
+            self._owner.rrefs.taken_back(given)
 
     # --- what the link tells (LinkHandler) -------------------------------------------------------
 
@@ -245,11 +265,19 @@ class Channel:
         self.bytes_received += sum(frame.nbytes for frame in frames)
         try:
             envelope, message = open_envelope(frames, self._owner.me.limits, adopt=True)
+            message = self._taken(envelope, message)
         except ProtocolError as error:
             self._perform(self._session.receive_malformed(error))
         else:
             self._perform(self._session.receive(envelope, message))
         self._arm()
+
+    def _taken(self, envelope: Envelope, message: Message) -> Message:
+        try:
+            return self._owner.take(self, message)
+        except ProtocolError as error:
+            error.request_id, error.is_reply = envelope.request_id, isinstance(message, Reply)
+            raise
 
     def message_refused(self, link: Link, reason: str) -> None:
         """Take in that a message over the limits was thrown away."""

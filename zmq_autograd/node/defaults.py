@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from zmq_autograd.engine import Contexts
+from torch import Tensor
+
+from zmq_autograd.engine import Context, Contexts
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.errors import ContextError, NotRegistered
 from zmq_autograd.node.current import current_call
@@ -15,13 +18,16 @@ from zmq_autograd.wire.messages import (
     ForwardRequest,
     ForwardResponse,
     Reply,
+    RRefBackwardRequest,
+    RRefBackwardResponse,
+    RRefFetchRequest,
+    RRefFetchResponse,
     Status,
     StatusResponse,
 )
 from zmq_autograd.wire.values import tensors_in
 
 if TYPE_CHECKING:
-    from zmq_autograd.node.compute import ComputePool
     from zmq_autograd.node.dispatcher import Dispatcher
     from zmq_autograd.node.node import Node
 
@@ -30,17 +36,42 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
     """Give `dispatcher` the default handlers of `node`."""
 
     async def forward(request: ForwardRequest, peer: Any) -> Reply:
-        entry = registry.find(request.function, peer.name)
+        if request.target_id:
+            owned = node.rrefs.owned(request.target_id, peer)
+            entry = registry.method(owned, request.function, peer.name)
+        else:
+            entry = registry.find(request.function, peer.name)
         if request.metadata is None:
-            return await _outside(request, entry, node.pool)
+            return await _outside(request, entry, node)
         return await _inside(request, request.metadata, peer, entry, node)
+
+    async def fetch(request: RRefFetchRequest, peer: Any) -> Reply:
+        value = node.codecs.pack(node.rrefs.owned(request.rref_id, peer).value)
+        if request.metadata is None:
+            return RRefFetchResponse(value)
+        context, reply = await _joined(request, request.metadata, (), peer, node)
+        is_on_graph = context.sending(peer, reply.message_id, tensors_in(value))
+        return RRefFetchResponse(value, reply if is_on_graph else None, context.passes.committed)
+
+    async def backward(request: RRefBackwardRequest, peer: Any) -> Reply:
+        value = node.rrefs.owned(request.rref_id, peer).value
+        context = node.contexts.get(request.context_id)
+        await context.backward(
+            value,
+            retain_graph=request.retain_graph,
+            accumulate_grad=request.accumulate_grad,
+            timeout=None,  # the request's own ends it
+        )
+        return RRefBackwardResponse(context.passes.committed)
 
     async def status(request: Status, peer: Any) -> Reply:
         return StatusResponse(status_of(node))
 
     dispatcher.add_default(ForwardRequest, forward)
+    dispatcher.add_default(RRefFetchRequest, fetch)
+    dispatcher.add_default(RRefBackwardRequest, backward)
     dispatcher.add_default(Status, status)
-    for kind, handler in node.contexts.handlers.items():
+    for kind, handler in (node.contexts.handlers | node.rrefs.handlers).items():
         dispatcher.add_default(kind, handler)
     try:
         registry.find(GRAPH_FUNCTION, node.name)
@@ -48,28 +79,52 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
         registry.register(_graph, GRAPH_FUNCTION, internal=True)
 
 
-async def _outside(request: ForwardRequest, entry: Entry, pool: ComputePool) -> Reply:
+async def _outside(request: ForwardRequest, entry: Entry, node: Node) -> Reply:
     """Serve a call made outside a context: it carries values alone."""
     for tensor in tensors_in([request.args, request.kwargs]):
         tensor.requires_grad_(False)
-    return ForwardResponse(await entry.call(request.args, dict(request.kwargs), pool))
+    return ForwardResponse(await _result(request, entry, node))
 
 
 async def _inside(
     request: ForwardRequest, metadata: AutogradMetadata, peer: Any, entry: Entry, node: Node
 ) -> Reply:
     """Serve a call made in a context, which from then on is on this worker too."""
-    contexts: Contexts = node.contexts
-    context = contexts.join(metadata.context_id, peer, from_owner=request.from_owner)
-    context.received(peer, metadata.message_id, tensors_in([request.args, request.kwargs]))
-    context.passes.learn_committed(request.committed)
-    await context.passes.until_committed()
-    reply = AutogradMetadata(context.context_id, context.enter(metadata.message_id).reply_id)
-    result = await entry.call(request.args, dict(request.kwargs), node.pool)
+    tensors = tensors_in([request.args, request.kwargs])
+    context, reply = await _joined(request, metadata, tensors, peer, node)
+    result = await _result(request, entry, node)
     is_on_graph = context.sending(peer, reply.message_id, tensors_in(result))
     return ForwardResponse(
         result, reply if is_on_graph else None, committed=context.passes.committed
     )
+
+
+async def _joined(
+    request: ForwardRequest | RRefFetchRequest,
+    metadata: AutogradMetadata,
+    tensors: Iterable[Tensor],
+    peer: Any,
+    node: Node,
+) -> tuple[Context, AutogradMetadata]:
+    """Have this worker take part in the context of a request, and enter it.
+
+    Returns:
+        The context, and which message the reply is in it.
+    """
+    contexts: Contexts = node.contexts
+    context = contexts.join(metadata.context_id, peer, from_owner=request.from_owner)
+    context.received(peer, metadata.message_id, tensors)
+    context.passes.learn_committed(request.committed)
+    await context.passes.until_committed()
+    place = context.enter(metadata.message_id)
+    return context, AutogradMetadata(context.context_id, place.reply_id)
+
+
+async def _result(request: ForwardRequest, entry: Entry, node: Node) -> Any:
+    """Return what the reply to a call holds: what the function returned, or an RRef to it."""
+    args, kwargs = node.codecs.unpack([request.args, dict(request.kwargs)])
+    result = await entry.call(args, kwargs, node.pool)
+    return node.rrefs.keep(result) if request.keep else node.codecs.pack(result)
 
 
 async def _graph(context_id: int, committed: int, seconds: float, is_parent: bool) -> list[Any]:

@@ -112,7 +112,8 @@ class Dispatcher:
     async def _reply_to(self, message: Request, call: Call) -> Reply:
         """Return what the handler of `message` replies, an `ErrorResponse` where it raised."""
         try:
-            reply: Reply = await Stepped(self._handled(message, call.peer), call)
+            await call.node.rrefs.until_claimed(message)
+            reply: Reply = await Stepped(self._handled(message, call.peer), call.modes)
         except BaseException as error:  # whatever it is, SystemExit too, it goes to the sender
             if _is_meant_for_us(error):
                 raise

@@ -16,12 +16,14 @@ from zmq_autograd.engine import Contexts
 from zmq_autograd.errors import ConfigurationError, DeadlineExceeded, WorkerLost
 from zmq_autograd.node import defaults
 from zmq_autograd.node.channel import Channel
+from zmq_autograd.node.codecs import Codecs
 from zmq_autograd.node.compute import ComputePool
 from zmq_autograd.node.dispatcher import Dispatcher
 from zmq_autograd.node.registry import Registry
+from zmq_autograd.node.rrefs import Fork, Held, RRefs
 from zmq_autograd.session import HandleRequest, Identity, error_response
 from zmq_autograd.transport import Link, Listener, Transports
-from zmq_autograd.wire.messages import Modes
+from zmq_autograd.wire.messages import Message, Modes
 
 T = TypeVar("T")
 
@@ -42,9 +44,11 @@ class Node:
         worker: Any,
         registry: Registry,
         dispatcher: Dispatcher,
+        codecs: Codecs,
         *,
         lost_after: float,
         make_peer: Callable[[Channel], Any],
+        make_rref: Callable[[Fork], Held],
     ) -> None:
         """Make a node that is not started.
 
@@ -53,14 +57,20 @@ class Node:
             worker: the worker as its user holds it.
             registry: what it offers by name.
             dispatcher: its handlers.
+            codecs: how objects travel.
             lost_after: seconds of silence after which a peer counts as lost.
             make_peer: makes what users hold of the worker at the other end of a channel.
+            make_rref: makes what users hold of an RRef.
         """
         self.me = me
+        self.loop = asyncio.get_running_loop()
         self.lost_after = lost_after
         self.pool = ComputePool(me.name)
         self.contexts = Contexts(self)
-        self._worker = worker
+        self.codecs = codecs
+        self.rrefs = RRefs(self, make_rref)
+        self.worker = worker
+        self._registry = registry
         self._dispatcher = dispatcher
         self._make_peer = make_peer
         self._transport = Transports(me.limits)
@@ -160,6 +170,7 @@ class Node:
     async def _close(self, drain: float) -> None:
         await self._drain(drain)
         self.contexts.close()
+        self.rrefs.close()
         for channel in list(self._channels):
             channel.close(WorkerLost(self.me.name, self.me.incarnation, "it left"))
         for listener in self._listeners:
@@ -204,6 +215,25 @@ class Node:
             del self._dialled[channel.address]
         if channel.peer is not None:
             self.contexts.peer_lost(channel.peer)
+            self.rrefs.peer_lost(channel.peer)
+
+    # --- RRefs -----------------------------------------------------------------------------------
+
+    def take(self, channel: Channel, message: Message) -> Message:
+        """Return a message as its handlers or its caller see it, with RRefs for references."""
+        return message if channel.peer is None else self.rrefs.take(message, channel.peer)
+
+    async def call_method(
+        self, rref_id: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a method of a value that lives here, as its holders elsewhere do.
+
+        Raises:
+            NotRegistered: its class is not registered, or exposes no such method.
+        """
+        owned = self.rrefs.owned(rref_id)
+        entry = self._registry.method(owned, method, self.name)
+        return await entry.call(args, kwargs, self.pool)
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -217,7 +247,7 @@ class Node:
         return task
 
     async def _run(self, request: HandleRequest, channel: Channel) -> None:
-        await self._dispatcher.run(request, channel, self._worker, self)
+        await self._dispatcher.run(request, channel, self.worker, self)
 
     async def _refuse(self, request: HandleRequest, channel: Channel) -> None:
         leaving = WorkerLost(self.me.name, self.me.incarnation, "it is leaving")

@@ -12,13 +12,13 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
-from torch import Tensor
 from torch.nn import Module
 
 from zmq_autograd.errors import ConfigurationError, NotRegistered
 from zmq_autograd.node.compute import ComputePool
+from zmq_autograd.node.modules import ExposedModule
 
 RESERVED_PREFIX: Final = "za."
 """Names that the library itself registers."""
@@ -92,6 +92,35 @@ class Turns:
         return self._semaphore
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a registered class offers of its instances.
+
+    Attributes:
+        expose: names of their methods, or ``"module"``.
+        concurrency: how many methods of one instance may run at once.
+        allow: as in `Entry`.
+        idempotent: as in `Entry`.
+    """
+
+    expose: Expose
+    concurrency: int
+    allow: frozenset[str] | None
+    idempotent: bool
+
+
+class Instance(Protocol):
+    """A value that is kept for others.
+
+    Attributes:
+        value: it.
+        turns: lets its methods run in turn; None before the first is called.
+    """
+
+    value: Any
+    turns: Turns | None
+
+
 class Registry:
     """The table of one worker."""
 
@@ -99,6 +128,7 @@ class Registry:
         """Make an empty table for the worker named `worker`."""
         self.worker = worker
         self._entries: dict[str, Entry] = {}
+        self._offers: dict[type, Offer] = {}
 
     def find(self, name: str, peer: str) -> Entry:
         """Return what `peer` may call by `name`.
@@ -114,6 +144,25 @@ class Registry:
                 worker=self.worker,
             )
         return entry
+
+    def method(self, instance: Instance, name: str, peer: str) -> Entry:
+        """Return the method of a kept value that `peer` may call by `name`.
+
+        Raises:
+            NotRegistered: its class is not registered, offers nothing of that name, or not to it.
+        """
+        kind = type(instance.value)
+        offer = next((self._offers[k] for k in kind.__mro__ if k in self._offers), None)
+        if offer is not None and (offer.allow is None or peer in offer.allow):
+            methods = _methods(instance.value, "", offer.expose)
+            if (function := methods.get(f".{name}")) is not None:
+                instance.turns = instance.turns or Turns(offer.concurrency)
+                return Entry(function, instance.turns, offer.allow, offer.idempotent)
+        raise NotRegistered(
+            f"no method {name[:200]!r} of a {kind.__qualname__} is exposed to worker {peer!r}",
+            type_name=NotRegistered.__name__,
+            worker=self.worker,
+        )
 
     def register(
         self,
@@ -162,6 +211,9 @@ class Registry:
         allowed = None if allow is None else frozenset(allow)
         for key, function in functions.items():
             self._entries[key] = Entry(function, turns, allowed, idempotent)
+        if inspect.isclass(target):
+            exposed = expose if isinstance(expose, str) else frozenset(expose)
+            self._offers[target] = Offer(exposed, concurrency or 1, allowed, idempotent)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -197,11 +249,13 @@ def _checked_name(target: Any, name: str | None, *, internal: bool) -> str:
 
 def _methods(target: Any, name: str, expose: Expose) -> dict[str, Callable[..., Any]]:
     if expose == "module":
+        if inspect.isclass(target) and issubclass(target, Module):
+            return {}
         if not isinstance(target, Module):
             raise ConfigurationError(
                 f"expose='module': expected an nn.Module, got {type(target).__name__}"
             )
-        return {f"{name}.{key}": method for key, method in _module_methods(target).items()}
+        return {f"{name}.{key}": method for key, method in ExposedModule(target).methods().items()}
     if isinstance(expose, str):
         raise ConfigurationError(f"expose: expected names of methods or 'module', got {expose!r}")
     methods: dict[str, Callable[..., Any]] = {}
@@ -212,28 +266,3 @@ def _methods(target: Any, name: str, expose: Expose) -> dict[str, Callable[..., 
         methods[f"{name}.{key}"] = method
     # A class has no methods to call, only its instances have.
     return {} if inspect.isclass(target) else methods
-
-
-def _module_methods(module: Module) -> dict[str, Callable[..., Any]]:
-    """Return what of `module` can be called from afar, with results that can travel."""
-
-    def state_dict() -> dict[str, Tensor]:
-        return {key: value.detach().clone() for key, value in module.state_dict().items()}
-
-    def load_state_dict(state: dict[str, Tensor], strict: bool = True) -> None:
-        module.load_state_dict(state, strict=strict)
-
-    def train(mode: bool = True) -> None:
-        module.train(mode)
-
-    def evaluate() -> None:
-        module.eval()
-
-    return {
-        "forward": module,  # through __call__, so that hooks run
-        "state_dict": state_dict,
-        "load_state_dict": load_state_dict,
-        "train": train,
-        "eval": evaluate,
-        "zero_grad": module.zero_grad,
-    }

@@ -39,6 +39,7 @@ def status_of(node: Node) -> dict[str, Any]:
         "sessions_left_out": len(sessions) - len(listed),
         "contexts": contexts,
         "contexts_left_out": len(node.contexts) - len(contexts),
+        "rrefs": node.rrefs.status(),
     }
 
 
@@ -124,6 +125,8 @@ def _lines(status: dict[str, Any]) -> Iterator[str]:
     yield f"worker       {_clean(status['name'])}"
     yield f"incarnation  {_clean(status['incarnation'])}"
     yield f"listens on   {_names(status, 'endpoints')}"
+    rrefs = ", ".join(f"{count:,} {what}" for what, count in status["rrefs"].items())
+    yield f"rrefs        {rrefs}"
     sessions, contexts = status["sessions"], status["contexts"]
     yield from _table(
         "sessions",

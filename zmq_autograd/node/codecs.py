@@ -1,0 +1,90 @@
+"""Codecs: how objects of types that cannot travel are sent as values that can.
+
+A closed table that the worker's owner fills; nothing is ever looked up but in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from zmq_autograd.errors import ConfigurationError, SerializationError
+from zmq_autograd.wire.objects import Coded
+from zmq_autograd.wire.values import contains, replaced
+
+Pack = Callable[[Any], Any]
+Unpack = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How objects of one type travel.
+
+    Attributes:
+        name: what sender and receiver call it.
+        pack: makes a value that can travel of an object.
+        unpack: makes an object of that value again.
+    """
+
+    name: str
+    pack: Pack
+    unpack: Unpack
+
+
+class Codecs:
+    """The codecs of one worker."""
+
+    def __init__(self, worker: str) -> None:
+        """Make an empty table for the worker named `worker`."""
+        self.worker = worker
+        self._by_type: dict[type, Codec] = {}
+        self._by_name: dict[str, Codec] = {}
+
+    def add(self, kind: type, name: str | None, pack: Pack, unpack: Unpack) -> None:
+        """Have objects of `kind` travel.
+
+        Raises:
+            ConfigurationError: `kind` is no type, or it or the name has a codec already.
+        """
+        if not isinstance(kind, type):
+            raise ConfigurationError(f"codec: expected a type, got {kind!r}")
+        name = kind.__qualname__ if name is None else name
+        if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
+            raise ConfigurationError(f"name: expected up to 200 printable characters, got {name!r}")
+        if kind in self._by_type or name in self._by_name:
+            raise ConfigurationError(f"worker {self.worker!r} has a codec for {name!r} already")
+        self._by_type[kind] = self._by_name[name] = Codec(name, pack, unpack)
+
+    def pack(self, value: Any) -> Any:
+        """Return `value` with every object in it that has a codec packed.
+
+        Raises:
+            Exception: whatever a codec raises.
+        """
+        kinds = tuple(self._by_type)
+        if not kinds or not contains(value, kinds):
+            return value
+        return replaced(value, kinds, self._packed)
+
+    def unpack(self, value: Any) -> Any:
+        """Return `value` with every packed object in it made again.
+
+        Raises:
+            SerializationError: there is no codec of that name here.
+            Exception: whatever a codec raises.
+        """
+        return replaced(value, Coded, self._unpacked) if contains(value, Coded) else value
+
+    def _packed(self, value: Any) -> Coded:
+        codec = next(self._by_type[kind] for kind in type(value).__mro__ if kind in self._by_type)
+        # What it makes may hold further objects.
+        return Coded(codec.name, self.pack(codec.pack(value)))
+
+    def _unpacked(self, coded: Coded) -> Any:
+        codec = self._by_name.get(coded.codec)
+        if codec is None:
+            raise SerializationError(
+                f"worker {self.worker!r} has no codec {coded.codec[:200]!r}: register it there, too"
+            )
+        return codec.unpack(coded.value)

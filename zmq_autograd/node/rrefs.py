@@ -1,0 +1,389 @@
+"""The RRefs of one worker: the values that others hold here, and what it holds of others.
+
+Owns the forks of every value that lives here, one for each holder, and drops a value with its last
+fork; on the other side, that a fork is not let go before those that were made of it are counted.
+``docs/objects.md`` has the protocol.  What users hold is made by the floor above, of a `Fork`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import weakref
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+from zmq_autograd import ids
+from zmq_autograd.errors import NotRegistered, ProtocolError, WorkerLost, ZmqAutogradError
+from zmq_autograd.node.registry import Turns
+from zmq_autograd.wire.messages import (
+    ForwardRequest,
+    ForwardResponse,
+    Message,
+    Reply,
+    Request,
+    RRefAcceptRequest,
+    RRefAcceptResponse,
+    RRefDeleteRequest,
+    RRefDeleteResponse,
+    RRefFetchResponse,
+    RRefForkRequest,
+    RRefForkResponse,
+)
+from zmq_autograd.wire.objects import Reference
+from zmq_autograd.wire.values import contains, replaced
+
+if TYPE_CHECKING:
+    from zmq_autograd.node.node import Node
+
+M = TypeVar("M", bound=Message)
+
+CLAIM_SECONDS: Final = 10.0
+"""Seconds to reach the owner of an RRef that was passed on, and have it count the new holder."""
+
+
+@dataclass(slots=True, eq=False)
+class Fork:
+    """One holder's reference: what the object that a user holds stands on.
+
+    Attributes:
+        rref_id: the value.
+        fork_id: this reference.
+        reference: who the value's owner is, and where.
+        peer: the owner, None on the owner itself and until it has been reached.
+        claim: the task that has the owner count it; None where it was counted from the start.
+    """
+
+    rref_id: int
+    fork_id: int
+    reference: Reference
+    peer: Any = None
+    claim: asyncio.Task[None] | None = None
+
+
+class Held:
+    """Base of what users hold of an RRef: letting go of the object lets go of its fork."""
+
+    __slots__ = ("__weakref__", "fork")
+
+    def __init__(self, fork: Fork) -> None:
+        self.fork = fork
+
+
+@dataclass(slots=True, eq=False)
+class Owned:
+    """A value that lives here.
+
+    Attributes:
+        value: it.
+        turns: lets its methods run in turn; None before the first is called.
+        forks: who holds it, by fork id: the peer, None for this worker itself.
+    """
+
+    value: Any
+    turns: Turns | None = None
+    forks: dict[int, Any] = field(default_factory=dict)
+
+
+Given = list[tuple[int, int]]
+"""The forks that were made for one message: the value's id and the fork's, each time."""
+
+
+class RRefs:
+    """See the module.  Everything here runs on the event loop, but for letting go."""
+
+    def __init__(self, node: Node, make: Callable[[Fork], Held]) -> None:
+        """Make an empty table.
+
+        Args:
+            node: the worker that it is of.
+            make: makes what users hold of a fork.
+        """
+        self._node = node
+        self._make = make
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._owned: dict[int, Owned] = {}
+        self._held = 0
+        # Forks that were sent, until the new holder tells that they are counted: what they were
+        # made of, and the new holder.
+        self._pending: dict[int, tuple[Held, Any]] = {}
+
+    def status(self) -> dict[str, int]:
+        """Return how many values live here, their forks, what is held of others, and what pends."""
+        return {
+            "owned": len(self._owned),
+            "forks": sum(len(owned.forks) for owned in self._owned.values()),
+            "held": self._held,
+            "pending": len(self._pending),
+        }
+
+    # --- values that live here -------------------------------------------------------------------
+
+    def keep(self, value: Any) -> Held:
+        """Keep `value` as long as anybody holds what is returned."""
+        rref_id = ids.random_id()
+        self._owned[rref_id] = Owned(value)
+        return self._hold(Fork(rref_id, ids.random_id(), self._reference(rref_id, 0)))
+
+    def owned(self, rref_id: int, peer: Any = None) -> Owned:
+        """Return a value that lives here and that `peer`, None for this worker itself, holds.
+
+        Raises:
+            NotRegistered: there is none, or no longer, or that worker holds nothing of it.
+        """
+        owned = self._owned.get(rref_id)
+        if owned is None or not any(_is_same(holder, peer) for holder in owned.forks.values()):
+            who = "it" if peer is None else f"worker {peer.name!r}"
+            raise self._unknown(rref_id, f"{who} holds none")
+        return owned
+
+    def _unknown(self, rref_id: int, reason: str) -> NotRegistered:
+        return NotRegistered(
+            f"worker {self._node.name!r} has no RRef {rref_id}: {reason}",
+            type_name=NotRegistered.__name__,
+            worker=self._node.name,
+        )
+
+    def _reference(self, rref_id: int, fork_id: int) -> Reference:
+        me = self._node.me
+        return Reference(me.name, me.incarnation, rref_id, fork_id, tuple(self._node.endpoints))
+
+    def _drop(self, rref_id: int, fork_id: int) -> None:
+        """Take in that a fork is no more, if it was."""
+        owned = self._owned.get(rref_id)
+        if owned is not None:
+            owned.forks.pop(fork_id, None)
+            if not owned.forks:
+                del self._owned[rref_id]
+
+    # --- holding ---------------------------------------------------------------------------------
+
+    def _hold(self, fork: Fork) -> Held:
+        """Make what a user holds of `fork`, which is counted, or will be."""
+        self._loop = asyncio.get_running_loop()
+        if self.is_mine(fork.reference):
+            self._owned[fork.rref_id].forks[fork.fork_id] = None
+        else:
+            self._held += 1
+        held = self._make(fork)
+        # The table outlives what it holds for, so that letting go may come from any thread.
+        weakref.finalize(held, self._collected, fork).atexit = False
+        return held
+
+    def is_mine(self, reference: Reference) -> bool:
+        """Tell whether the value lives on this worker."""
+        return reference.incarnation == self._node.me.incarnation
+
+    def _collected(self, fork: Fork) -> None:
+        """Let go of a fork, from whichever thread collects garbage."""
+        if self._loop is not None and not self._loop.is_closed():
+            try:
+                self._loop.call_soon_threadsafe(self._let_go, fork)
+            except RuntimeError:
+                return  # closed just now: all that was held has gone with it
+
+    def _let_go(self, fork: Fork) -> None:
+        if self.is_mine(fork.reference):
+            self._drop(fork.rref_id, fork.fork_id)
+            return
+        self._held -= 1
+        if fork.claim is not None and not fork.claim.done():
+            fork.claim.add_done_callback(lambda _: self._tell_deleted(fork))
+        else:
+            self._tell_deleted(fork)
+
+    def _tell_deleted(self, fork: Fork) -> None:
+        if fork.peer is not None and fork.peer.is_connected:
+            self._spawn(fork.peer.request(RRefDeleteRequest(fork.rref_id, fork.fork_id)))
+
+    # --- passing on ------------------------------------------------------------------------------
+
+    def give(self, message: M, peer: Any) -> tuple[M, Given]:
+        """Return `message` as it travels to `peer`, a new fork in it for each RRef."""
+        given: Given = []
+
+        def refer(held: Held) -> Reference:
+            reference = self._fork_for(held, peer)
+            given.append((reference.rref_id, reference.fork_id))
+            return reference
+
+        return _with_values(message, Held, refer), given
+
+    def taken_back(self, given: Given) -> None:
+        """Take in that a message did not leave after all."""
+        for rref_id, fork_id in given:
+            if self._pending.pop(fork_id, None) is None:
+                self._drop(rref_id, fork_id)
+
+    def _fork_for(self, held: Held, peer: Any) -> Reference:
+        rref_id, fork_id = held.fork.rref_id, ids.random_id()
+        if self.is_mine(held.fork.reference):
+            self._owned[rref_id].forks[fork_id] = peer
+            return self._reference(rref_id, fork_id)
+        self._pending[fork_id] = held, peer
+        told = held.fork.reference
+        dialled = getattr(held.fork.peer, "endpoint", None)
+        endpoints = [*told.endpoints, *([dialled] if dialled else [])]
+        return Reference(
+            told.owner, told.incarnation, rref_id, fork_id, tuple(dict.fromkeys(endpoints))
+        )
+
+    def take(self, message: M, peer: Any) -> M:
+        """Return `message`, which came from `peer`, as its handlers or its caller see it.
+
+        Also of a message that nobody awaits: what is made of it here is let go of again.
+        """
+        return _with_values(message, Reference, lambda reference: self._take(reference, peer))
+
+    def _take(self, reference: Reference, peer: Any) -> Held:
+        fork = Fork(reference.rref_id, reference.fork_id, reference)
+        if self.is_mine(reference):
+            try:
+                self.owned(fork.rref_id, peer)
+            except NotRegistered as error:
+                raise ProtocolError(f"an RRef came back: {error.message}") from error
+            self._tell_accepted(fork, peer)
+        elif reference.incarnation == peer.incarnation:
+            fork.peer = peer  # the owner counts what it sends
+        else:
+            fork.claim = self._node.spawn(self._claim(fork, peer))
+        return self._hold(fork)
+
+    async def until_claimed(self, message: Message) -> None:
+        """Wait until the owners count all RRefs in `message`, which was taken.
+
+        Raises:
+            ZmqAutogradError: one cannot be reached, or knows nothing of it.
+        """
+        claims: list[asyncio.Task[None]] = []
+
+        def look(held: Held) -> Held:
+            if held.fork.claim is not None:
+                claims.append(held.fork.claim)
+            return held
+
+        _with_values(message, Held, look)
+        for claim in claims:
+            await asyncio.shield(claim)
+
+    async def _claim(self, fork: Fork, parent: Any) -> None:
+        try:
+            async with asyncio.timeout(CLAIM_SECONDS):
+                fork.peer = await self._reach(fork.reference)
+                await fork.peer.request(RRefForkRequest(fork.rref_id, fork.fork_id))
+        except TimeoutError:
+            raise _unreachable(fork.reference, "it did not answer in time") from None
+        finally:
+            self._tell_accepted(fork, parent)
+
+    async def _reach(self, reference: Reference) -> Any:
+        """Return the worker that owns `reference`, connected to it now if it was not."""
+        for channel in self._node.channels:
+            if channel.peer is not None and channel.peer.incarnation == reference.incarnation:
+                return channel.peer
+        reason = "it tells no endpoint" if not reference.endpoints else ""
+        for endpoint in reference.endpoints:
+            try:
+                peer = (await self._node.connect(endpoint, CLAIM_SECONDS)).peer
+            except ZmqAutogradError as error:
+                reason = str(error)
+                continue
+            if peer.incarnation == reference.incarnation:
+                return peer
+            reason = f"at {endpoint} there is another worker, {peer.name!r}"
+        raise _unreachable(reference, reason)
+
+    def _tell_accepted(self, fork: Fork, parent: Any) -> None:
+        if parent.is_connected:
+            self._spawn(parent.request(RRefAcceptRequest(fork.rref_id, fork.fork_id)))
+
+    def _spawn(self, request: Awaitable[Reply]) -> None:
+        async def ask() -> None:
+            await request
+
+        self._node.spawn(ask())
+
+    # --- messages --------------------------------------------------------------------------------
+
+    @property
+    def handlers(self) -> dict[type[Request], Callable[[Any, Any], Awaitable[Reply]]]:
+        """What handles each type of message about who holds what."""
+        return {
+            RRefForkRequest: self.fork,
+            RRefAcceptRequest: self.accept,
+            RRefDeleteRequest: self.delete,
+        }
+
+    async def fork(self, request: RRefForkRequest, peer: Any) -> RRefForkResponse:
+        """Count another holder."""
+        owned = self._owned.get(request.rref_id)
+        if owned is None:
+            raise self._unknown(request.rref_id, "its last holder let go or was lost")
+        if not peer.is_connected:
+            raise WorkerLost(peer.name, peer.incarnation, "it is gone")
+        if not _is_same(owned.forks.setdefault(request.fork_id, peer), peer):
+            raise ProtocolError(f"fork {request.fork_id} of RRef {request.rref_id} is another's")
+        return RRefForkResponse()
+
+    async def accept(self, request: RRefAcceptRequest, peer: Any) -> RRefAcceptResponse:
+        """Let go of what a fork was made of, which is counted now."""
+        pending = self._pending.get(request.fork_id)
+        if pending is not None and _is_same(pending[1], peer):
+            del self._pending[request.fork_id]
+        return RRefAcceptResponse()
+
+    async def delete(self, request: RRefDeleteRequest, peer: Any) -> RRefDeleteResponse:
+        """Take in that a holder let go."""
+        owned = self._owned.get(request.rref_id)
+        if owned is not None and _is_same(owned.forks.get(request.fork_id), peer):
+            self._drop(request.rref_id, request.fork_id)
+        return RRefDeleteResponse()
+
+    # --- ends ------------------------------------------------------------------------------------
+
+    def peer_lost(self, peer: Any) -> None:
+        """Take in that `peer` is gone, and with it all that it held."""
+        for rref_id, owned in list(self._owned.items()):
+            for fork_id, holder in list(owned.forks.items()):
+                if holder is peer:
+                    self._drop(rref_id, fork_id)
+        self._pending = {id_: of for id_, of in self._pending.items() if of[1] is not peer}
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._owned.clear()
+        self._pending.clear()
+
+
+def _is_same(holder: Any, peer: Any) -> bool:
+    """Tell whether two are the same worker, over whichever session; None is this worker itself."""
+    if holder is None or peer is None:
+        return holder is peer
+    return bool(holder.incarnation == peer.incarnation)
+
+
+def _unreachable(reference: Reference, reason: str) -> WorkerLost:
+    return WorkerLost(
+        reference.owner,
+        reference.incarnation,
+        f"it owns an RRef that was passed on, and cannot be reached: {reason}",
+    )
+
+
+_VALUES: Final[dict[type[Message], tuple[str, ...]]] = {
+    ForwardRequest: ("args", "kwargs"),
+    ForwardResponse: ("result",),
+    RRefFetchResponse: ("value",),
+}
+"""The fields that hold values of users."""
+
+
+def _with_values(message: M, kind: type, replace: Callable[[Any], Any]) -> M:
+    """Return `message` with whatever in its values is of `kind` replaced."""
+    changed = {}
+    for name in _VALUES.get(type(message), ()):
+        value = getattr(message, name)
+        if contains(value, kind):
+            changed[name] = replaced(value, kind, replace)
+    return cast(M, dataclasses.replace(cast(Any, message), **changed)) if changed else message

@@ -1,0 +1,164 @@
+"""RRefs: what a user holds of a value that lives on another worker.
+
+Who counts which holder is `zmq_autograd.node.rrefs`'; here is what one can do with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from zmq_autograd.engine import BACKWARD_TIMEOUT, Context
+from zmq_autograd.errors import ConfigurationError
+from zmq_autograd.node import Fork, Held
+from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker
+from zmq_autograd.wire.messages import RRefBackwardRequest, RRefBackwardResponse
+
+if TYPE_CHECKING:
+    from zmq_autograd.node import Node
+
+
+class RRef(Held):
+    """A reference to a value that lives on one worker, its owner (torch: ``RRef``).
+
+    Got from `RemoteWorker.remote`, `Worker.rref`, or from whoever passed it on: RRefs travel in
+    arguments and results.  The owner keeps the value until the last one that refers to it, on any
+    worker, has been collected, or its worker is lost.
+
+    Attributes:
+        rref_id: the value, the same for all that refer to it.
+    """
+
+    __slots__ = ("_node",)
+
+    def __init__(self, fork: Fork, node: Node) -> None:
+        """Refer to a value by `fork`, on `node`; the node does."""
+        super().__init__(fork)
+        self._node = node
+
+    @property
+    def rref_id(self) -> int:
+        """The value, the same for all that refer to it."""
+        return self.fork.rref_id
+
+    @property
+    def owner(self) -> Any:
+        """The worker where the value lives: a `RemoteWorker`, or there the `Worker` itself."""
+        return self._node.worker if self.is_owner else self.fork.peer
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether the value lives on this worker (torch: ``is_owner()``)."""
+        return self._node.rrefs.is_mine(self.fork.reference)
+
+    def __repr__(self) -> str:
+        return f"<RRef {self.rref_id} to a value on {self.fork.reference.owner!r}>"
+
+    def local_value(self) -> Any:
+        """Return the value itself, on its owner.
+
+        Raises:
+            ConfigurationError: this worker is not the owner.
+        """
+        if not self.is_owner:
+            raise ConfigurationError(
+                f"the value lives on worker {self.fork.reference.owner!r}: use `await to_here()`"
+            )
+        return self._node.rrefs.owned(self.rref_id).value
+
+    async def to_here(self, *, timeout: float | None = DEFAULT_TIMEOUT) -> Any:
+        """Return a copy of the value; on its owner the value itself.
+
+        Within a context it is on the graph: gradients go back to the owner.
+
+        Args:
+            timeout: seconds, None for ever.
+
+        Raises:
+            RemoteError: the value cannot travel.
+            ZmqAutogradError: as for `RemoteWorker.call`.
+        """
+        if self.is_owner:
+            return self.local_value()
+        return await self._peer.fetch(self.rref_id, timeout=timeout)
+
+    async def call(
+        self, method: str, /, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any
+    ) -> Any:
+        """Call a method of the value, one that its class was registered to expose.
+
+        Args:
+            method: its name.
+            args: as for `RemoteWorker.call`.
+            timeout: seconds, None for ever.
+            kwargs: as for `RemoteWorker.call`.
+
+        Raises:
+            NotRegistered: the value's class is not registered there, or exposes no such method.
+            ZmqAutogradError: as for `RemoteWorker.call`.
+        """
+        if self.is_owner:
+            return await self._node.call_method(self.rref_id, method, args, kwargs)
+        return await self._peer.call_method(self.rref_id, method, args, kwargs, timeout)
+
+    async def remote(
+        self, method: str, /, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any
+    ) -> RRef:
+        """Call a method as `call` does, and keep its result on the owner.
+
+        Raises:
+            ZmqAutogradError: as for `call`.
+        """
+        if self.is_owner:
+            result = await self._node.call_method(self.rref_id, method, args, kwargs)
+            return cast(RRef, self._node.rrefs.keep(result))
+        peer = self._peer
+        return cast(
+            RRef, await peer.call_method(self.rref_id, method, args, kwargs, timeout, keep=True)
+        )
+
+    def method(
+        self, method: str, /, *, timeout: float | None = DEFAULT_TIMEOUT
+    ) -> Callable[..., Any]:
+        """Return a coroutine function that calls `method`; every keyword is the callee's.
+
+        Args:
+            method: its name.
+            timeout: seconds for each call, as for `call`.
+        """
+
+        async def remote_method(*args: Any, **kwargs: Any) -> Any:
+            if self.is_owner:
+                return await self._node.call_method(self.rref_id, method, args, kwargs)
+            return await self._peer.call_method(self.rref_id, method, args, kwargs, timeout)
+
+        remote_method.__name__ = remote_method.__qualname__ = method
+        return remote_method
+
+    async def run_backward(
+        self,
+        context: Context,
+        *,
+        retain_graph: bool = False,
+        accumulate_grad: bool = False,
+        timeout: float | None = BACKWARD_TIMEOUT,
+    ) -> None:
+        """Have the owner run a backward pass from the value; `Context.backward` calls it."""
+        if self.is_owner:
+            await context.backward(
+                self.local_value(),
+                retain_graph=retain_graph,
+                accumulate_grad=accumulate_grad,
+                timeout=timeout,
+            )
+            return
+        request = RRefBackwardRequest(
+            self.rref_id, context.context_id, retain_graph, accumulate_grad
+        )
+        reply = await self._peer.request(request, timeout=timeout)
+        context.passes.learn_committed(cast(RRefBackwardResponse, reply).committed)
+        await context.passes.until_committed()
+
+    @property
+    def _peer(self) -> RemoteWorker:
+        return cast(RemoteWorker, self.fork.peer)
