@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zmq_autograd.engine import Context, Contexts
+from zmq_autograd.engine import Context, Contexts, reading
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.errors import ContextError, NotRegistered
 from zmq_autograd.node.current import current_call
+from zmq_autograd.node.profiled import ProfilerOptions
+from zmq_autograd.node.recorder import CallRecorder
 from zmq_autograd.node.registry import Entry, Registry
 from zmq_autograd.node.status import status_of
 from zmq_autograd.wire.messages import (
@@ -36,6 +39,9 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
     """Give `dispatcher` the default handlers of `node`."""
 
     async def forward(request: ForwardRequest, peer: Any) -> Reply:
+        return await _profiled(request, node, lambda: call(request, peer))
+
+    async def call(request: ForwardRequest, peer: Any) -> ForwardResponse:
         if request.target_id:
             owned = node.rrefs.owned(request.target_id, peer)
             entry = registry.method(owned, request.function, peer.name)
@@ -46,12 +52,9 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
         return await _inside(request, request.metadata, peer, entry, node)
 
     async def fetch(request: RRefFetchRequest, peer: Any) -> Reply:
-        value = node.codecs.pack(node.rrefs.owned(request.rref_id, peer).value)
-        if request.metadata is None:
-            return RRefFetchResponse(value)
-        context, reply = await _joined(request, request.metadata, (), peer, node)
-        is_on_graph = context.sending(peer, reply.message_id, tensors_in(value))
-        return RRefFetchResponse(value, reply if is_on_graph else None, context.passes.committed)
+        owned = node.rrefs.owned(request.rref_id, peer)
+        async with owned.turn():
+            return await _fetched(request, owned.value, peer, node)
 
     async def backward(request: RRefBackwardRequest, peer: Any) -> Reply:
         value = node.rrefs.owned(request.rref_id, peer).value
@@ -79,7 +82,20 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
         registry.register(_graph, GRAPH_FUNCTION, internal=True)
 
 
-async def _outside(request: ForwardRequest, entry: Entry, node: Node) -> Reply:
+async def _profiled(
+    request: ForwardRequest, node: Node, serve: Callable[[], Awaitable[ForwardResponse]]
+) -> ForwardResponse:
+    """Serve a call, and record what it does here where the caller asks for that."""
+    if request.profiler is None:
+        return await serve()
+    options = ProfilerOptions.from_value(request.profiler)
+    recorder = CallRecorder(replace(options, with_stack=options.with_stack and node.tracebacks))
+    with recorder.serving(request.function):
+        reply = await serve()
+    return replace(reply, profiler_events=recorder.packed(node.name))
+
+
+async def _outside(request: ForwardRequest, entry: Entry, node: Node) -> ForwardResponse:
     """Serve a call made outside a context: it carries values alone."""
     for tensor in tensors_in([request.args, request.kwargs]):
         tensor.requires_grad_(False)
@@ -88,7 +104,7 @@ async def _outside(request: ForwardRequest, entry: Entry, node: Node) -> Reply:
 
 async def _inside(
     request: ForwardRequest, metadata: AutogradMetadata, peer: Any, entry: Entry, node: Node
-) -> Reply:
+) -> ForwardResponse:
     """Serve a call made in a context, which from then on is on this worker too."""
     tensors = tensors_in([request.args, request.kwargs])
     context, reply = await _joined(request, metadata, tensors, peer, node)
@@ -97,6 +113,17 @@ async def _inside(
     return ForwardResponse(
         result, reply if is_on_graph else None, committed=context.passes.committed
     )
+
+
+async def _fetched(request: RRefFetchRequest, value: Any, peer: Any, node: Node) -> Reply:
+    """Return the reply that holds the value of an RRef."""
+    packed = node.codecs.pack(value)
+    if request.metadata is None:
+        return RRefFetchResponse(packed)
+    context, reply = await _joined(request, request.metadata, (), peer, node)
+    async with reading():
+        is_on_graph = context.sending(peer, reply.message_id, tensors_in(packed))
+    return RRefFetchResponse(packed, reply if is_on_graph else None, context.passes.committed)
 
 
 async def _joined(

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -52,14 +53,16 @@ class Fork:
         fork_id: this reference.
         reference: who the value's owner is, and where.
         peer: the owner, None on the owner itself and until it has been reached.
-        claim: the task that has the owner count it; None where it was counted from the start.
+        is_claimed: the owner counts it, or was asked to in vain.
+        is_let_go: nobody holds it any more.
     """
 
     rref_id: int
     fork_id: int
     reference: Reference
     peer: Any = None
-    claim: asyncio.Task[None] | None = None
+    is_claimed: bool = True
+    is_let_go: bool = False
 
 
 class Held:
@@ -85,13 +88,17 @@ class Owned:
     turns: Turns | None = None
     forks: dict[int, Any] = field(default_factory=dict)
 
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Return what is entered to have no method of it running."""
+        return nullcontext() if self.turns is None else self.turns.here()
+
 
 Given = list[tuple[int, int]]
 """The forks that were made for one message: the value's id and the fork's, each time."""
 
 
 class RRefs:
-    """See the module.  Everything here runs on the event loop, but for letting go."""
+    """See the module.  All but `keep`, `owned` and letting go runs on the event loop alone."""
 
     def __init__(self, node: Node, make: Callable[[Fork], Held]) -> None:
         """Make an empty table.
@@ -102,18 +109,22 @@ class RRefs:
         """
         self._node = node
         self._make = make
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.get_running_loop()
         self._owned: dict[int, Owned] = {}
         self._held = 0
         # Forks that were sent, until the new holder tells that they are counted: what they were
         # made of, and the new holder.
         self._pending: dict[int, tuple[Held, Any]] = {}
+        # The tasks that have owners count forks, until somebody awaits them.  Not with the forks:
+        # what a task raises leads to whoever awaited it, and so to what holds the fork.
+        self._claims: dict[int, asyncio.Task[None]] = {}
 
     def status(self) -> dict[str, int]:
         """Return how many values live here, their forks, what is held of others, and what pends."""
+        values = list(self._owned.values())
         return {
-            "owned": len(self._owned),
-            "forks": sum(len(owned.forks) for owned in self._owned.values()),
+            "owned": len(values),
+            "forks": sum(len(owned.forks) for owned in values),
             "held": self._held,
             "pending": len(self._pending),
         }
@@ -121,7 +132,7 @@ class RRefs:
     # --- values that live here -------------------------------------------------------------------
 
     def keep(self, value: Any) -> Held:
-        """Keep `value` as long as anybody holds what is returned."""
+        """Keep `value` as long as anybody holds what is returned; from any thread."""
         rref_id = ids.random_id()
         self._owned[rref_id] = Owned(value)
         return self._hold(Fork(rref_id, ids.random_id(), self._reference(rref_id, 0)))
@@ -161,7 +172,6 @@ class RRefs:
 
     def _hold(self, fork: Fork) -> Held:
         """Make what a user holds of `fork`, which is counted, or will be."""
-        self._loop = asyncio.get_running_loop()
         if self.is_mine(fork.reference):
             self._owned[fork.rref_id].forks[fork.fork_id] = None
         else:
@@ -177,20 +187,19 @@ class RRefs:
 
     def _collected(self, fork: Fork) -> None:
         """Let go of a fork, from whichever thread collects garbage."""
-        if self._loop is not None and not self._loop.is_closed():
-            try:
-                self._loop.call_soon_threadsafe(self._let_go, fork)
-            except RuntimeError:
-                return  # closed just now: all that was held has gone with it
+        try:
+            self._loop.call_soon_threadsafe(self._let_go, fork)
+        except RuntimeError:
+            return  # the loop is closed: all that was held has gone with it
 
     def _let_go(self, fork: Fork) -> None:
         if self.is_mine(fork.reference):
             self._drop(fork.rref_id, fork.fork_id)
             return
         self._held -= 1
-        if fork.claim is not None and not fork.claim.done():
-            fork.claim.add_done_callback(lambda _: self._tell_deleted(fork))
-        else:
+        self._claims.pop(fork.fork_id, None)
+        fork.is_let_go = True
+        if fork.is_claimed:
             self._tell_deleted(fork)
 
     def _tell_deleted(self, fork: Fork) -> None:
@@ -247,7 +256,8 @@ class RRefs:
         elif reference.incarnation == peer.incarnation:
             fork.peer = peer  # the owner counts what it sends
         else:
-            fork.claim = self._node.spawn(self._claim(fork, peer))
+            fork.is_claimed = False
+            self._claims[fork.fork_id] = self._node.spawn(self._claim(fork, peer))
         return self._hold(fork)
 
     async def until_claimed(self, message: Message) -> None:
@@ -256,16 +266,16 @@ class RRefs:
         Raises:
             ZmqAutogradError: one cannot be reached, or knows nothing of it.
         """
-        claims: list[asyncio.Task[None]] = []
+        claims: list[asyncio.Task[None] | None] = []
 
         def look(held: Held) -> Held:
-            if held.fork.claim is not None:
-                claims.append(held.fork.claim)
+            claims.append(self._claims.pop(held.fork.fork_id, None))
             return held
 
         _with_values(message, Held, look)
         for claim in claims:
-            await asyncio.shield(claim)
+            if claim is not None:
+                await asyncio.shield(claim)
 
     async def _claim(self, fork: Fork, parent: Any) -> None:
         try:
@@ -275,7 +285,10 @@ class RRefs:
         except TimeoutError:
             raise _unreachable(fork.reference, "it did not answer in time") from None
         finally:
+            fork.is_claimed = True
             self._tell_accepted(fork, parent)
+            if fork.is_let_go:
+                self._tell_deleted(fork)
 
     async def _reach(self, reference: Reference) -> Any:
         """Return the worker that owns `reference`, connected to it now if it was not."""

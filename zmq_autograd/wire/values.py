@@ -57,8 +57,8 @@ def pack_value(value: Any, tensors: TensorWriter, depth: int = 0) -> Any:
         return {"rref": [value.owner, value.incarnation, *ids, list(value.endpoints)]}
     raise SerializationError(
         f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot travel: send "
-        "tensors, numbers, str, bytes, None, RRefs, or lists, tuples and dicts of them, or register a "
-        "codec for it"
+        "tensors, numbers, str, bytes, None, RRefs, or lists, tuples and dicts of them, or "
+        "register a codec for it"
     )
 
 
@@ -86,7 +86,7 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple, dict)) and depth <= MAX_NESTING:
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in _not_plain(value):
             yield from tensors_in(item, depth + 1)
     elif isinstance(value, Coded) and depth <= MAX_NESTING:
         yield from tensors_in(value.value, depth + 1)
@@ -100,10 +100,8 @@ def contains(value: Any, kind: type | tuple[type, ...], depth: int = 0) -> bool:
         return True
     if depth > MAX_NESTING:
         return False
-    if isinstance(value, (list, tuple)):
-        return any(contains(item, kind, depth + 1) for item in value)
-    if isinstance(value, dict):
-        return any(contains(item, kind, depth + 1) for item in value.values())
+    if isinstance(value, (list, tuple, dict)):
+        return any(contains(item, kind, depth + 1) for item in _not_plain(value))
     return isinstance(value, Coded) and contains(value.value, kind, depth + 1)
 
 
@@ -122,6 +120,12 @@ def replaced(
         elif isinstance(value, Coded):
             value = Coded(value.codec, replaced(value.value, kind, replace, depth + 1))
     return replace(value) if isinstance(value, kind) else value
+
+
+def _not_plain(container: Any) -> Collection[Any]:
+    """Return what is in a list, tuple or dict; nothing if all of it is plain."""
+    items: Collection[Any] = container.values() if isinstance(container, dict) else container
+    return () if _PLAIN_TYPES.issuperset(map(type, items)) else items
 
 
 def _pack_container(value: Any, tensors: TensorWriter, depth: int) -> Any:

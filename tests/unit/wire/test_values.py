@@ -16,6 +16,8 @@ from zmq_autograd.errors import ProtocolError, SerializationError
 from zmq_autograd.wire import decode, encode
 from zmq_autograd.wire.limits import MAX_CONTAINERS, MAX_NESTING, MAX_NUMBER_KEYS
 from zmq_autograd.wire.messages import StatusResponse
+from zmq_autograd.wire.objects import Coded, Reference
+from zmq_autograd.wire.values import contains, replaced
 
 
 def through(value: Any) -> Any:
@@ -194,6 +196,22 @@ def test_keys_whose_hashes_a_peer_could_choose_are_bounded() -> None:
         {"tensor": True},
         {"tensor": None},
         {"tensor": [0]},
+        {"rref": ["bob", "life", 1, 2]},
+        {"rref": ["bob", "life", 1, 2, [], 3]},
+        {"rref": {"owner": "bob"}},
+        {"rref": [b"bob", "life", 1, 2, []]},
+        {"rref": ["bob", None, 1, 2, []]},
+        {"rref": ["bob", "life", 0, 2, []]},
+        {"rref": ["bob", "life", 1, 0, []]},
+        {"rref": ["bob", "life", 1, True, []]},
+        {"rref": ["bob", "life", -1, 2, []]},
+        {"rref": ["bob", "life", 1, 2, "tcp://"]},
+        {"rref": ["bob", "life", 1, 2, [3]]},
+        {"coded": ["point"]},
+        {"coded": ["point", 1, 2]},
+        {"coded": [b"point", 1]},
+        {"coded": ["point", {"set": []}]},
+        {"coded": {"point": 1}},
         msgpack.Timestamp(0, 0),
         msgpack.ExtType(5, b"a"),
         [msgpack.ExtType(5, b"a")],
@@ -202,6 +220,26 @@ def test_keys_whose_hashes_a_peer_could_choose_are_bounded() -> None:
 )
 def test_what_stands_for_no_value_is_refused(packed: object) -> None:
     assert refused(packed)
+
+
+def test_rrefs_are_counted_over_a_whole_message() -> None:
+    reference = Reference("", "", 1, 2)  # short, or the header were too long
+    most = [reference] * (MAX_CONTAINERS - 1)
+    assert through(most) == most
+    assert f"more than {MAX_CONTAINERS} lists, tuples" in cannot_travel([*most, reference])
+    packed = {"rref": ["", "", 1, 2, []]}
+    assert f"more than {MAX_CONTAINERS} lists" in refused([packed] * MAX_CONTAINERS)
+
+
+def test_what_is_in_a_value_is_found_and_replaced_at_any_depth() -> None:
+    reference = Reference("bob", "life", 1, 2)
+    value = [1, ({"a": Coded("point", [reference])}, "b"), {"c": [3]}]
+    assert contains(value, Reference)
+    assert contains(value, Coded)
+    assert not contains(value, torch.Tensor)
+    assert replaced(value, Reference, lambda found: found.rref_id)[1][0]["a"].value == [1]
+    opened = replaced(value, (Reference, Coded), lambda v: getattr(v, "value", "an rref"))
+    assert opened == [1, ({"a": ["an rref"]}, "b"), {"c": [3]}]
 
 
 @pytest.mark.parametrize("empty", [[], (), {}], ids=["list", "tuple", "dict"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields as dataclass_fields
 from typing import Any
@@ -18,6 +19,7 @@ from zmq_autograd.wire import DEFAULT_LIMITS, Buffer, Envelope, Limits, encode, 
 from zmq_autograd.wire import fields as f
 from zmq_autograd.wire import messages as m
 from zmq_autograd.wire.codec import SCHEMAS
+from zmq_autograd.wire.objects import Coded, Reference
 from zmq_autograd.wire.tensors import DTYPES
 
 
@@ -34,8 +36,11 @@ def elements_of(tensor: Tensor) -> bytes:
 def same(left: Any, right: Any) -> bool:
     """Tell whether two messages or values are equal, with types, NaNs and tensors to the bit."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if left.is_sparse and right.is_sparse:
+            return _same_sparse(left, right)
         return (
             left.dtype == right.dtype
+            and left.layout == right.layout
             and left.shape == right.shape
             and left.requires_grad == right.requires_grad
             and elements_of(left) == elements_of(right)
@@ -53,7 +58,19 @@ def same(left: Any, right: Any) -> bool:
     if type(left) in SCHEMAS:
         names = [field.name for field in dataclass_fields(left)]
         return all(_same_field(getattr(left, n), getattr(right, n)) for n in names)
+    if isinstance(left, Coded) and isinstance(right, Coded):
+        return left.codec == right.codec and same(left.value, right.value)
     return bool(left == right)
+
+
+def _same_sparse(left: Tensor, right: Tensor) -> bool:
+    return (
+        left.shape == right.shape
+        and left.is_coalesced() == right.is_coalesced()
+        and left.requires_grad == right.requires_grad
+        and same(left.detach()._indices(), right.detach()._indices())
+        and same(left.detach()._values(), right.detach()._values())
+    )
 
 
 def _same_field(left: Any, right: Any) -> bool:
@@ -106,6 +123,29 @@ def tensors(draw: st.DrawFn, *, may_require_grad: bool = True) -> Tensor:
     return tensor
 
 
+@st.composite
+def sparse_tensors(draw: st.DrawFn, *, may_require_grad: bool = True) -> Tensor:
+    """Draw a small COO tensor, coalesced or not, whose elements may be tensors in their turn."""
+    values = draw(tensors(may_require_grad=False).filter(lambda tensor: tensor.dim() > 0))
+    sparse_shape = draw(st.lists(st.integers(1, 4), max_size=2))
+    count = len(values)
+    columns = st.tuples(*[st.integers(0, size - 1) for size in sparse_shape])
+    chosen = draw(st.lists(columns, min_size=count, max_size=count))
+    is_coalesced = chosen == sorted(set(chosen)) and draw(st.booleans())
+    indices = torch.tensor(chosen, dtype=torch.int64).reshape(count, len(sparse_shape)).t()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ComplexHalf support is experimental", UserWarning)
+        tensor = torch.sparse_coo_tensor(
+            indices,
+            values,
+            [*sparse_shape, *values.shape[1:]],
+            is_coalesced=is_coalesced,
+            check_invariants=False,
+        )
+    is_differentiable = values.dtype.is_floating_point or values.dtype.is_complex
+    return tensor.requires_grad_(may_require_grad and is_differentiable and draw(st.booleans()))
+
+
 KEYS = st.one_of(STRINGS, st.integers(-(2**70), 2**70), st.binary(max_size=4), st.none())
 LEAVES = st.one_of(
     st.none(),
@@ -116,6 +156,15 @@ LEAVES = st.one_of(
     STRINGS,
     st.binary(max_size=8),
     tensors(),
+    sparse_tensors(),
+    st.builds(
+        Reference,
+        STRINGS,
+        STRINGS,
+        st.integers(1, MAX_ID),
+        st.integers(1, MAX_ID),
+        st.lists(STRINGS, max_size=2).map(tuple),
+    ),
 )
 VALUES = st.recursive(
     LEAVES,
@@ -123,6 +172,7 @@ VALUES = st.recursive(
         st.lists(inner, max_size=3),
         st.lists(inner, max_size=3).map(tuple),
         st.dictionaries(KEYS, inner, max_size=3),
+        st.builds(Coded, STRINGS, inner),
     ),
     max_leaves=6,
 )
@@ -131,13 +181,21 @@ LIMITS = st.builds(Limits, *[st.integers(1, MAX_ID)] * 5)
 FIELDS: dict[f.Field, st.SearchStrategy[Any]] = {
     f.ID: IDS,
     f.BOOL: st.booleans(),
+    f.OPTIONAL_BOOL: st.none() | st.booleans(),
     f.STRING: STRINGS,
     f.OPTIONAL_STRING: st.none() | STRINGS,
     f.STRINGS: st.lists(STRINGS, max_size=3).map(tuple),
     f.IDS: st.lists(IDS, max_size=3).map(tuple),
     f.METADATA: st.builds(m.AutogradMetadata, IDS, IDS),
     f.OPTIONAL_METADATA: st.none() | st.builds(m.AutogradMetadata, st.integers(1, MAX_ID), IDS),
-    f.GRADIENTS: st.lists(st.none() | tensors(may_require_grad=False), max_size=5),
+    f.GRADIENTS: st.lists(
+        st.one_of(
+            st.none(),
+            tensors(may_require_grad=False),
+            sparse_tensors(may_require_grad=False),
+        ),
+        max_size=5,
+    ),
     f.VALUE: VALUES,
     f.ARGS: st.lists(VALUES, max_size=3).map(tuple),
     f.KWARGS: st.dictionaries(STRINGS, VALUES, max_size=2),
@@ -146,6 +204,7 @@ FIELDS: dict[f.Field, st.SearchStrategy[Any]] = {
         st.booleans(),
         st.booleans(),
         st.lists(st.tuples(STRINGS, STRINGS), max_size=2).map(tuple),
+        st.none() | st.booleans(),
     ),
     f.HANDSHAKE["version"]: st.integers(1, 2**16 - 1),
     f.HANDSHAKE["incarnation"]: st.text("0123456789abcdef", min_size=32, max_size=32),
