@@ -66,8 +66,13 @@ class Peer:
         return answer
 
 
-def _answer(reply: asyncio.Future[Reply], answer: Reply) -> None:
-    if not reply.done():
+def _answer(reply: asyncio.Future[Reply], answer: Reply | str) -> None:
+    """Answer with a reply, or with an error of that text."""
+    if reply.done():
+        return
+    if isinstance(answer, str):
+        reply.set_exception(WorkerLost("somebody", reason=answer))
+    else:
         reply.set_result(answer)
 
 
@@ -126,6 +131,8 @@ class Worker:
         self.spawn(self._handle(taken, peer, reply))
 
     async def _handle(self, message: Request, peer: Peer, reply: asyncio.Future[Reply]) -> None:
+        given: list[tuple[int, int]] = []
+        answer: Reply | str = Reply()
         try:
             await self.rrefs.until_claimed(message)
             handler = self.rrefs.handlers.get(type(message))
@@ -133,12 +140,14 @@ class Worker:
                 answer = await handler(message, peer)
             elif isinstance(message, ForwardRequest):
                 self.holds += message.args
-                answer, _ = self.rrefs.give(ForwardResponse(self.holds[-1:]), peer)
+                answer, given = self.rrefs.give(ForwardResponse(self.holds[-1:]), peer)
         except ZmqAutogradError as error:
             self.network.failures.append(str(error))
-            answer = Reply()
+            answer = str(error)
         if peer.is_connected:
             peer.queue.append(partial(_answer, reply, answer))
+        else:
+            self.rrefs.taken_back(given)
 
 
 class Network:
