@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +22,9 @@ from zmq_autograd.session import error_response, exception_from
 from zmq_autograd.wire.messages import ErrorResponse, Reply, Request
 
 T = TypeVar("T")
+
+STUCK_SECONDS: Final = 2.0
+"""After which a program hangs that waits while nothing is on its way; timers are far shorter."""
 
 Function = Callable[["Visit", list[Tensor]], Coroutine[Any, Any, list[Tensor]]]
 
@@ -37,8 +41,13 @@ class Network:
         self.hosts = {name: Host(name, self) for name in names}
 
     async def run(self, program: Coroutine[Any, Any, T]) -> T:
-        """Run `program` to its end, delivering one thing at a time."""
+        """Run `program` to its end, delivering one thing at a time.
+
+        Raises:
+            TimeoutError: it waits, and nothing is on its way.
+        """
         main = asyncio.create_task(program)
+        moved = time.monotonic()
         while not main.done():
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -46,6 +55,10 @@ class Network:
             if queues:
                 self.rng.choice(queues).popleft()()
                 self._count()
+                moved = time.monotonic()
+            elif time.monotonic() - moved > STUCK_SECONDS:
+                main.cancel()
+                raise TimeoutError("nothing is on its way, and the program waits")
         return await main
 
     def later(self, deliveries: int, then: Callable[[], None]) -> None:

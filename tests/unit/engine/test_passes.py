@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -213,6 +214,86 @@ async def test_a_worker_lost_at_any_time_ends_a_pass(
         assert grad is not None
         assert wanted is not None
         torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
+
+    await network.run(run())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32))
+async def test_a_call_that_crosses_the_news_of_a_pass_does_not_hang_it(order: int) -> None:
+    """Carol calls alice before she hears of the pass; alice began it without knowing carol."""
+    network = Network(NAMES, random.Random(order))
+    leaf = torch.tensor([1.0, 2.0], requires_grad=True)
+    carols: list[tuple[Visit, Tensor]] = []
+
+    async def double(there: Visit, arrived: list[Tensor]) -> list[Tensor]:
+        if there.host.name == "carol":
+            carols.append((there, arrived[0]))
+        return [arrived[0] * 2]
+
+    async def ask_carol(there: Visit, arrived: list[Tensor]) -> list[Tensor]:
+        return await there.call("carol", double, arrived)
+
+    async def run() -> None:
+        alice = network.hosts["alice"]
+        context = alice.contexts.new()
+        alice.contexts.add(context)
+        (y,) = await Visit(alice, context, context.enter()).call("bob", ask_carol, [leaf])
+        ends = network.spawn(context.backward(y.sum(), retain_graph=True, timeout=None))
+        while context.passes.running is None:
+            await asyncio.sleep(0)
+        ((carol, kept),) = carols
+        assert carol.context.passes.running is None
+        (z,) = await carol.call("alice", double, [kept])
+        await ends
+        assert context.gradients()[leaf].tolist() == [2.0, 2.0]
+        # What was exchanged meanwhile is in the next one.
+        await carol.context.backward(z.sum(), timeout=None)
+        await tell_everybody(network, context)
+        assert context.gradients()[leaf].tolist() == [4.0, 4.0]
+
+    await network.run(run())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(0, 2**32),
+    st.permutations(NAMES).map(lambda names: names[:2]),
+    st.integers(0, 60),
+)
+async def test_a_call_at_any_time_changes_nothing_of_a_pass(
+    seed: int, order: int, ends: list[str], after: int
+) -> None:
+    """Whoever calls whom while it runs, with what is on the graph, known to each other or not."""
+    expected = alone(seed)
+    program = Program(seed)
+    network = Network(NAMES, random.Random(order))
+    caller, callee = network.hosts[ends[0]], ends[1]
+
+    async def double(there: Visit, arrived: list[Tensor]) -> list[Tensor]:
+        return [tensor * program.leaves[callee] for tensor in arrived]
+
+    async def call() -> None:
+        for context in caller.contexts:  # one, if the program has come there
+            visit = Visit(caller, context, context.enter())
+            await visit.call(callee, double, [program.leaves[ends[0]], *program.kept[ends[0]]])
+
+    def begin_call() -> None:
+        network.spawn(call())
+
+    network.later(after, begin_call)
+
+    async def run() -> None:
+        context, loss = await forward(program, network)
+        network.start_counting()
+        await context.backward(loss, timeout=None)
+        await tell_everybody(network, context)
+        for name, grad in gradients(program, network).items():
+            wanted = expected.leaves[name].grad
+            assert (grad is None) == (wanted is None), name
+            if grad is not None and wanted is not None:
+                torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
 
     await network.run(run())
 
