@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -62,6 +62,92 @@ async def test_what_a_pass_cannot_start_from_is_refused_and_costs_nothing(
         assert not ctx.gradients()
         await ctx.backward(scalar, retain_graph=True)
         assert torch.equal(ctx.gradients()[leaf], torch.full((2, 3), 2.0))
+
+
+# --- graphs that were cut ------------------------------------------------------------------------
+
+
+async def plain(x: Tensor) -> Tensor:
+    return x * 2
+
+
+async def in_a_thread(x: Tensor) -> Any:
+    with torch.no_grad():
+        return await za.compute(torch.mul, x, 2)
+
+
+CUT: dict[str, Callable[..., Any]] = {
+    "detached": lambda x: (x * 2).detach(),
+    "whole numbers": lambda x: (x * 2).long(),
+    "compared": lambda x: x > 1,
+    "by way of Python": lambda x: torch.tensor((x * 2).tolist()),
+    "without grad mode": torch.no_grad()(lambda x: x * 2),
+    "in inference mode": torch.inference_mode()(lambda x: x * 2),
+    "without grad mode in a coroutine": in_a_thread,
+}
+
+
+@pytest.mark.parametrize("how", CUT)
+async def test_a_root_whose_graph_was_cut_elsewhere_says_how_that_may_be(
+    two: Pair, how: str
+) -> None:
+    two.bob.register(CUT[how], "cut")
+    async with two.alice.context() as ctx:
+        y = await two.remote_bob.call("cut", near_leaf())
+        with pytest.raises(za.ConfigurationError, match=r"another worker.*no_grad\(\).*detached"):
+            await ctx.backward(y.sum())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", ["scale", "plain"])
+async def test_a_root_whose_graph_was_cut_here_says_how_that_may_be(
+    two: Pair, mode: Callable[[], Any], function: str
+) -> None:
+    two.bob.register(plain)
+    async with two.alice.context() as ctx:
+        with mode():
+            y = await two.remote_bob.call(function, near_leaf())
+        assert not y.requires_grad
+        with pytest.raises(za.ConfigurationError, match=r"here or.*no_grad\(\).*detached"):
+            await ctx.backward(y.sum())
+        y = await two.remote_bob.call(function, near_leaf())
+        await ctx.backward(y.sum())
+
+
+async def test_a_number_that_came_back_is_no_root(two: Pair) -> None:
+    two.bob.register(lambda x: (x * 2).sum().item(), "number")
+    async with two.alice.context() as ctx:
+        with pytest.raises(za.ConfigurationError, match=r"roots: expected a tensor.*got 42\.0"):
+            await ctx.backward(await two.remote_bob.call("number", near_leaf()))
+
+
+async def test_a_coroutine_that_leaves_grad_mode_as_it_found_it_keeps_the_graph(two: Pair) -> None:
+    @two.bob.register
+    async def metrics_then_result(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            metric = await za.compute(torch.sum, x)
+        return metric, await za.compute(torch.mul, x, 2)
+
+    x = near_leaf()
+    async with two.alice.context() as ctx:
+        metric, y = await two.remote_bob.call("metrics_then_result", x)
+        assert not metric.requires_grad
+        await ctx.backward(y.sum())
+        assert torch.equal(ctx.gradients()[x], torch.full((2, 3), 2.0))
+
+
+async def test_a_tensor_made_in_inference_mode_is_on_no_graph_though_it_says_so(two: Pair) -> None:
+    with torch.inference_mode():
+        x = near_leaf()
+    two.bob.register(lambda x: x.requires_grad, "says_so")
+    async with two.alice.context() as ctx:
+        assert not await two.remote_bob.call("says_so", x)
+        y = near_leaf()
+        two.bob.register(torch.mul, "multiply")
+        await ctx.backward((await two.remote_bob.call("multiply", x, y)).sum())
+        assert ctx.gradients().keys() == {y}
+        with pytest.raises(za.ConfigurationError, match=r"computed under.*inference_mode\(\)"):
+            await ctx.backward(x, torch.ones(2, 3))
 
 
 # --- graphs that were freed ----------------------------------------------------------------------

@@ -8,10 +8,13 @@ see in ``.grad`` what they would in one process, and may change it.
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd import Function
 
 from zmq_autograd.autograd.stages import has_tensor_hooks
@@ -50,8 +53,10 @@ def added(total: Tensor, grad: Tensor) -> Tensor:
 
 def is_quick(grads: dict[Tensor, Tensor]) -> bool:
     """Tell whether `accumulated` takes less than to hand it to a thread, as far as can be seen."""
+    # Torch does not show the hooks of DistributedDataParallel, which wait for other processes.
     return (
-        not _GRADS_SWAPPED.locked()
+        not (distributed.is_available() and distributed.is_initialized())
+        and not _GRADS_SWAPPED.locked()
         and len(grads) <= QUICK_TENSORS
         and sum(grad.numel() for grad in grads.values()) <= QUICK_ELEMENTS
         and not any(leaf._post_accumulate_grad_hooks or has_tensor_hooks(leaf) for leaf in grads)
@@ -81,12 +86,33 @@ def accumulated(grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor,
             found |= {tensor: grad.clone() for tensor, grad in grads.items()}
         finally:
             for leaf, grad in before:
-                leaf.grad = grad
+                _set_grad(leaf, grad)
         if into_grad:
             for leaf in leaves:
                 if (grad := found.get(leaf)) is not None:
-                    leaf.grad = grad.clone() if leaf.grad is None else added(leaf.grad, grad)
+                    _set_grad(leaf, grad.clone() if leaf.grad is None else added(leaf.grad, grad))
     return found
+
+
+@contextmanager
+def grads_swapped(grads: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
+    """Have `grads` in ``.grad`` of their leaves while a block runs; then each is as it was."""
+    with _GRADS_SWAPPED:
+        before = [(leaf, leaf.grad) for leaf in grads]
+        try:
+            for leaf, grad in grads.items():
+                _set_grad(leaf, grad)
+            yield
+        finally:
+            for leaf, grad in before:
+                leaf.grad = grad
+
+
+def _set_grad(leaf: Tensor, grad: Tensor | None) -> None:
+    # Torch's accumulators put a dense gradient into a sparse leaf; from elsewhere it refuses one.
+    if grad is not None and leaf.is_sparse and not grad.is_sparse:
+        grad = grad.to_sparse()
+    leaf.grad = grad
 
 
 def _run_accumulators(leaves: list[Tensor], grads: dict[Tensor, Tensor]) -> None:
@@ -96,12 +122,19 @@ def _run_accumulators(leaves: list[Tensor], grads: dict[Tensor, Tensor]) -> None
     # A leaf's tensor hooks ran when its gradient was found.  Its accumulator would run them again,
     # so here is done what that does besides.
     for leaf in filter(has_tensor_hooks, leaves):
-        leaf.grad = grads.pop(leaf).clone(memory_format=torch.contiguous_format)
+        grad = grads.pop(leaf)
+        form = None if grad.is_sparse else torch.contiguous_format
+        _set_grad(leaf, grad.clone(memory_format=form))
         with torch.no_grad():
             for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
                 hook(leaf)
     plain = [leaf for leaf in leaves if leaf in grads]
     if plain:
+        given = [grads.pop(leaf) for leaf in plain]
+        times = Counter(map(id, given))
+        # Held meanwhile, a gradient of several leaves is copied for each of them, as in torch.
+        held = [grad for grad in given if times[id(grad)] > 1]
         with torch.enable_grad():
-            delivery = _Deliver.apply([grads.pop(leaf) for leaf in plain], *plain)  # type: ignore[no-untyped-call]
+            delivery = _Deliver.apply(given, *plain)  # type: ignore[no-untyped-call]
         torch.autograd.backward(delivery)
+        held.clear()

@@ -18,6 +18,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from zmq_autograd.errors import ContextError, ProtocolError
 
+SEND_NAME: Final = "torch::distributed::autograd::SendRpcBackward"
+RECEIVE_NAME: Final = "torch::distributed::autograd::RecvRpcBackward"
+"""What torch calls the two, in profiles and in its graph."""
+
 FREED_TEXT: Final = (
     "Trying to backward through the graph a second time: without retain_graph=True a pass frees "
     "what it ran through"
@@ -34,20 +38,26 @@ class SendFunction:
         edges: for each tensor of the message its place in the graph; None where it requires no
             grad, or where a pass has freed what it was computed from.
         metas: for each tensor its shape and dtype.
+        nbytes: bytes of its tensors.
         freed: which tensors' graph a pass has freed.
+        leaves: what its tensors were computed from, None until somebody asks; none once the
+            context is done with them.
     """
 
     message_id: int
     peer: Any
     edges: list[GradientEdge | None]
     metas: list[tuple[torch.Size, torch.dtype]]
+    nbytes: int = 0
     freed: set[int] = field(default_factory=set)
+    leaves: frozenset[Tensor] | None = None
 
     @classmethod
     def of(cls, message_id: int, peer: Any, tensors: Sequence[Tensor]) -> SendFunction:
         """Record that `tensors`, all of one message, are sent to `peer`."""
-        edges = [edge_of(t) if t.requires_grad else None for t in tensors]
-        return cls(message_id, peer, edges, [(t.shape, t.dtype) for t in tensors])
+        edges = [edge_of(t) if is_differentiable(t) else None for t in tensors]
+        metas = [(t.shape, t.dtype) for t in tensors]
+        return cls(message_id, peer, edges, metas, sum(map(_nbytes, tensors)))
 
     def check(self, grads: Sequence[Tensor | None]) -> None:
         """Raise what is wrong with `grads` as the gradients of these tensors.
@@ -74,11 +84,6 @@ class SendFunction:
         """Let go of the graph of one tensor, which cannot be run again."""
         self.edges[index] = None
         self.freed.add(index)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.metas)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,10 +118,32 @@ class ReceiveFunction:
                     RecvRpc.apply(_TOKEN, self, position, holder)  # type: ignore[no-untyped-call]
 
 
+def is_differentiable(tensor: Tensor) -> bool:
+    """Tell whether gradients can flow to `tensor`: one made in inference mode may only say so."""
+    return tensor.requires_grad and not tensor.is_inference()
+
+
+def _nbytes(tensor: Tensor) -> int:
+    if not tensor.is_sparse:
+        return tensor.numel() * tensor.itemsize
+    plain = tensor.detach()
+    return plain._indices().nbytes + plain._values().nbytes
+
+
 def edge_of(tensor: Tensor) -> GradientEdge:
     """Return the place of a tensor that requires grad in the graph, whatever modes hold here."""
     with torch.inference_mode(mode=False):  # in it torch finds no accumulator of a leaf
-        return get_gradient_edge(tensor)
+        return _sparse_edge(tensor) if tensor.is_sparse else get_gradient_edge(tensor)
+
+
+def _sparse_edge(tensor: Tensor) -> GradientEdge:
+    # Torch's own way is to take a view, which sparse tensors have none of.
+    with torch.enable_grad():
+        following = tensor.unsqueeze(0).grad_fn
+    node, output_nr = following.next_functions[0] if following is not None else (None, 0)
+    if node is None:
+        raise RuntimeError("expected a tensor that requires grad")
+    return GradientEdge(node, output_nr, following)  # which keeps the graph alive
 
 
 class RecvRpc(Function):

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
-from zmq_autograd.autograd import calls
+from zmq_autograd.autograd import anomaly, calls
 from zmq_autograd.autograd.accumulate import added
 from zmq_autograd.autograd.functions import (
     ReceiveFunction,
@@ -86,6 +87,7 @@ class LocalPass:
         wanted: Wanted,
         *,
         retain_graph: bool,
+        check_nan: bool | None = None,
     ) -> None:
         """Plan a pass.
 
@@ -95,6 +97,8 @@ class LocalPass:
             roots: in the order in which sums take what flows in through them.
             wanted: whose gradients are to be found.
             retain_graph: keep what the pass runs through.
+            check_nan: whether anomaly mode looks for NaN, None where it is off unless this process
+                has turned it on.
 
         Raises:
             ContextError: a root was computed from what was received in another context.
@@ -103,6 +107,7 @@ class LocalPass:
         self.freed: list[tuple[int, int]] = []
         self._context_id = context_id
         self._retain_graph = retain_graph
+        self._check_nan = anomaly.check_nan() if check_nan is None else check_nan
         self._roots = roots
         self._graph = graph
         self._all_leaves = wanted.leaves
@@ -244,8 +249,8 @@ class LocalPass:
         receive = receive_of(node)
         if receive is None:
             return None
-        if grad is not None and grad.layout is not torch.strided:
-            grad = grad.to_dense()  # only plain tensors travel
+        if grad is not None and grad.layout not in (torch.strided, torch.sparse_coo):
+            grad = grad.to_dense()  # no other layouts travel
         self._emissions[receive][position_of(node)] = grad
         self._receives[receive] -= 1
         return None if self._receives[receive] else (receive, self._emissions.pop(receive))
@@ -256,7 +261,8 @@ class LocalPass:
             return
         node, nexts = self._graph.nodes[number], self._graph.nexts[number]
         leads = [self._edge(slot) for slot in dict.fromkeys(nexts) if slot is not None]
-        passed_on, given = calls.step(node, grads, leads)
+        with self._watched([node]):
+            passed_on, given = calls.step(node, grads, leads)
         if not self._retain_graph and self._saves[number]:
             calls.mark_freed(node)
         for index, (slot, grad) in enumerate(zip(nexts, passed_on, strict=True)):
@@ -282,13 +288,19 @@ class LocalPass:
         if not stage.is_order_free:
             calls.set_order(inner)
         slots = self._captured_slots(stage)
-        found = calls.call(
-            [self._edge(slot) for slot in inflow],
-            list(inflow.values()),
-            [self._edge(slot) for slot in slots],
-            retain_graph=self._retain_graph,
-        )
+        with self._watched(inner):
+            found = calls.call(
+                [self._edge(slot) for slot in inflow],
+                list(inflow.values()),
+                [self._edge(slot) for slot in slots],
+                retain_graph=self._retain_graph,
+            )
         return {slot: grad for slot, grad in zip(slots, found, strict=True) if grad is not None}
+
+    def _watched(self, nodes: Sequence[Node]) -> AbstractContextManager[None]:
+        if self._check_nan is None:
+            return nullcontext()
+        return anomaly.watched(nodes, look_for_nan=self._check_nan)
 
     def _captured_slots(self, stage: Stage) -> list[Slot]:
         slots: dict[Slot, None] = dict.fromkeys((number, 0) for number in stage.sinks)

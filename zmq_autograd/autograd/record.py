@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zmq_autograd.autograd.accumulate import accumulated, added
-from zmq_autograd.autograd.functions import ReceiveFunction, SendFunction
+from zmq_autograd.autograd.functions import ReceiveFunction, SendFunction, is_differentiable
 from zmq_autograd.errors import ProtocolError
 
 
@@ -20,6 +20,7 @@ class Record:
         sends: by message id.
         receives: by message id.
         gradients: by leaf, the sum over all passes that are complete.
+        kept: the leaves that results which were kept here, as RRefs, were computed from.
     """
 
     def __init__(self, context_id: int) -> None:
@@ -28,6 +29,7 @@ class Record:
         self.sends: dict[int, SendFunction] = {}
         self.receives: dict[int, ReceiveFunction] = {}
         self.gradients: dict[Tensor, Tensor] = {}
+        self.kept: frozenset[Tensor] = frozenset()
 
     def send(self, message_id: int, peer: Any, tensors: Iterable[Tensor]) -> bool:
         """Record that `tensors` leave in one message; say whether any of them is on the graph.
@@ -40,7 +42,7 @@ class Record:
                 f"message {message_id} of context {self.context_id} was sent before"
             )
         distinct = _distinct(tensors)
-        if not any(tensor.requires_grad for tensor in distinct):
+        if not any(map(is_differentiable, distinct)):
             return False
         self.sends[message_id] = SendFunction.of(message_id, peer, distinct)
         return True
@@ -77,6 +79,7 @@ class Record:
         self.sends.clear()
         self.receives.clear()
         self.gradients.clear()
+        self.kept = frozenset()
 
 
 def _distinct(tensors: Iterable[Tensor]) -> Sequence[Tensor]:

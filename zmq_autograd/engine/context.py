@@ -7,6 +7,7 @@ contexts a worker has, `contexts`'.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 from torch import Tensor
 
 from zmq_autograd import ids
+from zmq_autograd.autograd.anomaly import check_nan
 from zmq_autograd.autograd.record import Record
 from zmq_autograd.engine.distributed_pass import Settings
 from zmq_autograd.engine.graph import collect, to_dot
@@ -64,6 +66,19 @@ class RemoteRoot(Protocol):
 
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("zmq_autograd_scope", default=None)
+
+
+def reading() -> AbstractAsyncContextManager[None]:
+    """Return what is entered around what may read parameters: see `gate.Gate.call`."""
+    scope = current_scope.get()
+    return nullcontext() if scope is None else scope.context.table.gate.call(scope.context)
+
+
+def keeps(results: Iterable[Tensor]) -> None:
+    """Take in that what was computed here is kept: see `gate.Gate.keeps`."""
+    scope = current_scope.get()
+    if scope is not None:
+        scope.context.table.gate.keeps(scope.context, results)
 
 
 class Context:
@@ -193,7 +208,13 @@ class Context:
             )
             return
         losses = losses_of(roots, grad_tensors, inputs, create_graph=create_graph)
-        settings = Settings(ids.random_id(), retain_graph, inputs is not None, accumulate_grad)
+        settings = Settings(
+            ids.random_id(),
+            retain_graph,
+            inputs is not None,
+            accumulate_grad,
+            check_nan=check_nan(),
+        )
         await self.passes.backward(losses, settings, timeout)
 
     def gradients(self) -> dict[Tensor, Tensor]:

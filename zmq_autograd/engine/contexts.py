@@ -13,6 +13,7 @@ from typing import Any, Final
 from zmq_autograd import ids
 from zmq_autograd.engine.context import Context
 from zmq_autograd.engine.distributed_pass import Settings, Told
+from zmq_autograd.engine.gate import Gate
 from zmq_autograd.engine.host import Host, Peer, tell
 from zmq_autograd.errors import ContextError, ResourceExhausted, WorkerLost
 from zmq_autograd.session import exception_from
@@ -48,11 +49,17 @@ REMEMBERED: Final = 65_536
 
 
 class Contexts:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        host: the worker.
+        gate: where steps of optimizers wait for the contexts that read parameters.
+    """
 
     def __init__(self, host: Host) -> None:
         """Make an empty table for the worker `host`."""
-        self._host = host
+        self.host = host
+        self.gate = Gate(host.name, self)
         self._contexts: dict[int, Context] = {}
         # When each ended, and by whose loss, if that was why.
         self._ended: OrderedDict[int, tuple[float, str]] = OrderedDict()
@@ -65,9 +72,13 @@ class Contexts:
 
     # --- making and finding ----------------------------------------------------------------------
 
-    def new(self) -> Context:
-        """Return a context that this worker owns; it is there once it is entered."""
-        return Context(ids.random_id(), self._host, self, None)
+    def new(self, context_id: int | None = None) -> Context:
+        """Return a context that this worker owns; it is there once it is entered.
+
+        Args:
+            context_id: its id, which no other context of any worker has; by default a random one.
+        """
+        return Context(context_id or ids.random_id(), self.host, self, None)
 
     def add(self, context: Context) -> None:
         """Have a new context from now on.
@@ -96,10 +107,10 @@ class Contexts:
             self._check_not_ended(context_id)
             if len(self._contexts) >= MAX_CONTEXTS:
                 raise ResourceExhausted(
-                    f"worker {self._host.name!r} has {MAX_CONTEXTS} contexts: that is the limit",
-                    worker=self._host.name,
+                    f"worker {self.host.name!r} has {MAX_CONTEXTS} contexts: that is the limit",
+                    worker=self.host.name,
                 )
-            context = self._contexts[context_id] = Context(context_id, self._host, self, peer)
+            context = self._contexts[context_id] = Context(context_id, self.host, self, peer)
         context.peers.setdefault(peer)
         if from_owner and context.owner is None:
             context.owner = peer
@@ -110,7 +121,7 @@ class Contexts:
             _, lost = self._ended[context_id]
             if not lost:
                 raise self._unknown(context_id)
-            reason = f"context {context_id} on worker {self._host.name!r} ended with it"
+            reason = f"context {context_id} on worker {self.host.name!r} ended with it"
             raise WorkerLost(lost, reason=reason)
 
     def _of(self, context_id: int, peer: Peer) -> Context | None:
@@ -140,11 +151,22 @@ class Contexts:
             raise self._unknown(context_id)
         return context
 
+    def reached(self, context_id: int) -> Context | None:
+        """Return a context of this worker, None if it has not come here.
+
+        Raises:
+            ContextError: it has ended.
+            WorkerLost: it has ended since a worker was lost on the way to its owner.
+        """
+        if context_id not in self._contexts:
+            self._check_not_ended(context_id)
+        return self._contexts.get(context_id)
+
     def _unknown(self, context_id: int) -> ContextError:
         return ContextError(
-            f"worker {self._host.name!r} has no autograd context {context_id}",
+            f"worker {self.host.name!r} has no autograd context {context_id}",
             context_id=context_id,
-            worker=self._host.name,
+            worker=self.host.name,
         )
 
     # --- messages --------------------------------------------------------------------------------
@@ -258,14 +280,14 @@ class Contexts:
         seconds = CLEANUP_SECONDS if source is None else CLEANUP_SECONDS / 2
         others = [peer for peer in context.peers if peer is not source and peer.is_connected]
         request = CleanupContextRequest(context.context_id, context.passes.committed, lost)
-        await tell(self._host, others, request, seconds)
+        await tell(self.host, others, request, seconds)
 
     def peer_lost(self, peer: Peer) -> None:
         """Drop the contexts whose way to their owner led over `peer`."""
         for context in self:
             context.peer_lost(peer)
             if context.parent is peer:
-                self._host.spawn(self.clean_up(context, source=peer, lost=peer.name))
+                self.host.spawn(self.clean_up(context, source=peer, lost=peer.name))
 
     def close(self) -> None:
         """End all contexts; the other workers learn it when this one has gone."""
@@ -276,6 +298,7 @@ class Contexts:
         self._contexts.pop(context.context_id, None)
         self._remember(context.context_id, lost)
         context.end(lost)
+        self.gate.changed()
 
     def _remember(self, context_id: int, lost: str = "") -> None:
         now = time.monotonic()
@@ -294,4 +317,5 @@ def _settings(request: StartPass | BackwardRequest, pass_id: int = 0) -> Setting
         request.inputs_only,
         request.accumulate_grad,
         pass_id,
+        request.check_nan,
     )

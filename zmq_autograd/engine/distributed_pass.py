@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from zmq_autograd.autograd.functions import ReceiveFunction
+from zmq_autograd.autograd.functions import RECEIVE_NAME, SEND_NAME, ReceiveFunction
 from zmq_autograd.autograd.local_pass import Emission, LocalPass, Root, Wanted, walk_from
 from zmq_autograd.autograd.walk import TooManyNodes
-from zmq_autograd.engine.host import Host, Peer
+from zmq_autograd.engine.host import Host, Peer, current_span
 from zmq_autograd.errors import ContextError, ProtocolError, WorkerLost
 from zmq_autograd.wire.messages import (
     AutogradMetadata,
@@ -51,6 +51,7 @@ class Settings:
         inputs_only: accumulate no gradients but those of the initiator's inputs.
         accumulate_grad: add them to ``.grad`` too.
         pass_id: the pass, once the owner has granted it.
+        check_nan: whether anomaly mode looks for NaN, None where that is off.
     """
 
     asked_id: int
@@ -58,6 +59,7 @@ class Settings:
     inputs_only: bool = False
     accumulate_grad: bool = False
     pass_id: int = 0
+    check_nan: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +129,7 @@ class Pass:
         self._host = host
         self._losses = losses
         self._told_by = told_by
+        self._span = current_span.get()
         self._peers = [peer for peer in context.peers if peer.is_connected]
         self._sends = context.record.roots()
         self._numbers = {send.message_id: n for n, send in enumerate(self._sends, start=1)}
@@ -224,7 +227,8 @@ class Pass:
         self._changed.set()
         number = self._awaited.pop(message_id, None)
         if number is not None:
-            self._resolve(number, grads)
+            with self._span(SEND_NAME):
+                self._resolve(number, grads)
 
     def peer_lost(self, peer: Peer) -> None:
         """Take in that `peer` is lost: what it was to propagate will not come."""
@@ -287,8 +291,14 @@ class Pass:
         roots = [Root(self._losses.edges), *(Root(send.edges) for send in self._sends)]
         graph = walk_from(roots, at_most)
         wanted = Wanted(leaves=not self.settings.inputs_only, inputs=self._losses.inputs or ())
-        retain_graph = self.settings.retain_graph
-        return LocalPass(graph, self._context.context_id, roots, wanted, retain_graph=retain_graph)
+        return LocalPass(
+            graph,
+            self._context.context_id,
+            roots,
+            wanted,
+            retain_graph=self.settings.retain_graph,
+            check_nan=self.settings.check_nan,
+        )
 
     async def _advanced(self, local: LocalPass) -> list[Emission]:
         """Give `local` what was resolved, and return what is complete now."""
@@ -353,6 +363,7 @@ class Pass:
                 settings.accumulate_grad,
                 committed,
                 settings.asked_id,
+                settings.check_nan,
             ),
             timeout=None,
         )
@@ -375,7 +386,8 @@ class Pass:
             metadata, grads, self.settings.retain_graph, self.settings.pass_id
         )
         try:
-            await peer.request(request, timeout=None)
+            with self._span(RECEIVE_NAME):
+                await peer.request(request, timeout=None)
         except Exception as error:  # noqa: BLE001  # whatever it is, all must hear of it
             if self._task.done():  # this part is complete: it is the owner's to say what follows
                 self._context.passes.report(self.pass_id, error)

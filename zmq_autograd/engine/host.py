@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Protocol, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Final, Protocol, TypeVar
 
 from zmq_autograd.wire.messages import Reply, Request
 
 T = TypeVar("T")
+
+Span = Callable[[str], AbstractContextManager[object]]
+
+current_span: Final[ContextVar[Span]] = ContextVar("zmq_autograd_span", default=nullcontext)
+"""What makes a block an event of that name in a profile, where one is recorded."""
 
 
 class Peer(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from zmq_autograd.autograd.functions import edge_of
+from zmq_autograd.autograd.functions import edge_of, is_differentiable
 from zmq_autograd.engine.distributed_pass import Losses
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.wire.limits import short
@@ -68,10 +68,12 @@ def _grads(given: Tensor | Sequence[Tensor | None] | None, roots: int) -> list[T
 
 
 def _edge(what: str, tensor: Tensor) -> GradientEdge:
-    if not tensor.requires_grad:
+    if not is_differentiable(tensor):
         raise ConfigurationError(
             f"{what}: expected a tensor that requires grad, got one of shape "
-            f"{list(tensor.shape)} that does not require grad and has no grad_fn"
+            f"{list(tensor.shape)} and {tensor.dtype} that does not require grad and has no "
+            "grad_fn: somewhere on its way, here or on another worker, it was computed under "
+            "torch.no_grad() or inference_mode(), detached, made of whole numbers, or of Python's"
         )
     return edge_of(tensor)
 

@@ -160,6 +160,7 @@ class Passes:
             settings.retain_graph,
             settings.inputs_only,
             settings.accumulate_grad,
+            settings.check_nan,
         )
         try:
             reply = cast(BackwardResponse, await parent.request(request, timeout=None))
@@ -201,6 +202,11 @@ class Passes:
     def queued(self) -> list[int]:
         """The requests of this worker whose passes have not begun: others have their turn."""
         return [asked_id for asked_id in self._requested if asked_id not in self._begun]
+
+    @property
+    def losses(self) -> list[Losses]:
+        """What the passes start from that this worker has asked for and that have not ended."""
+        return list(self._requested.values())
 
     # --- taking part -----------------------------------------------------------------------------
 
@@ -349,6 +355,7 @@ class Passes:
         staged, self.staged = self.staged, None
         if staged is not None and staged.pass_id == pass_id:
             gradients = staged.take_gradients()
+            self._context.table.gate.changed()
             into_grad = staged.settings.accumulate_grad
             self._committing = self._host.spawn(self._commit(gradients, into_grad=into_grad))
         # Whoever was told by this worker of the pass, or was in it without this one, hears of it.

@@ -83,6 +83,7 @@ def _is_seconds(value: Any) -> bool:
 
 ID: Final = _plain("an unsigned 64-bit int", _is_id)
 BOOL: Final = _plain("a bool", lambda value: type(value) is bool)
+OPTIONAL_BOOL: Final = _plain("a bool or nil", lambda value: value is None or type(value) is bool)
 STRING: Final = _plain("a string", lambda value: type(value) is str)
 OPTIONAL_STRING: Final = _plain(
     "a string or nil", lambda value: value is None or type(value) is str
@@ -133,7 +134,7 @@ METADATA: Final = Field(_pack_metadata, _unpack_metadata)
 OPTIONAL_METADATA: Final = Field(_pack_optional_metadata, _unpack_optional_metadata)
 
 
-# --- gradients: an index for each that is defined, nil for each that is not ----------------------
+# --- gradients: where each that is defined is, nil for each that is not --------------------------
 
 
 def _pack_gradients(header: Header, name: str, value: Any, tensors: TensorWriter) -> None:
@@ -142,7 +143,7 @@ def _pack_gradients(header: Header, name: str, value: Any, tensors: TensorWriter
     header[name] = [_pack_gradient(name, grad, tensors) for grad in value]
 
 
-def _pack_gradient(name: str, grad: Any, tensors: TensorWriter) -> int | None:
+def _pack_gradient(name: str, grad: Any, tensors: TensorWriter) -> Any:
     if grad is None:
         return None
     if not isinstance(grad, Tensor):
@@ -155,13 +156,21 @@ def _unpack_gradients(header: Header, name: str, tensors: TensorReader) -> list[
     packed = header.pop(name, None)
     if type(packed) is not list:
         raise ProtocolError(f"field {name!r}: expected a list, got {short(packed)}")
-    indices = [index for index in packed if index is not None]
+    # A sparse gradient stands there as a list, which begins with the indices of its two frames.
+    places = [place[:2] if type(place) is list else [place] for place in packed]
+    indices = [index for place in places for index in place if place != [None]]
     if indices != list(range(len(indices))):
         raise ProtocolError(f"field {name!r}: expected the tensors in order, each once")
-    grads = [None if index is None else tensors.take(index) for index in packed]
+    grads = [None if place is None else _gradient(place, tensors) for place in packed]
     if any(grad is not None and grad.requires_grad for grad in grads):
         raise ProtocolError(f"field {name!r}: expected gradients that do not require grad")
     return grads
+
+
+def _gradient(place: Any, tensors: TensorReader) -> Tensor:
+    if type(place) is list:
+        return tensors.take_sparse(place, is_gradient=True)
+    return tensors.take(place)
 
 
 GRADIENTS: Final = Field(_pack_gradients, _unpack_gradients)
@@ -217,11 +226,12 @@ KWARGS: Final = Field(_pack_kwargs, _unpack_kwargs)
 def _is_modes(value: Any) -> bool:
     return (
         type(value) is list
-        and len(value) == 3
+        and len(value) in (3, 4)
         and type(value[0]) is bool
         and type(value[1]) is bool
         and type(value[2]) is list
         and all(_is_strings(pair) and len(pair) == 2 for pair in value[2])
+        and all(type(check_nan) is bool for check_nan in value[3:])
     )
 
 
@@ -229,13 +239,14 @@ def _pack_modes(value: Any) -> Any:
     if not isinstance(value, Modes) or not isinstance(value.autocast, (list, tuple)):
         return value
     autocast = [_as_list(pair) for pair in value.autocast]
-    return [value.grad_enabled, value.inference_mode, autocast]
+    anomaly = [] if value.check_nan is None else [value.check_nan]
+    return [value.grad_enabled, value.inference_mode, autocast, *anomaly]
 
 
 MODES: Final = _converted(
     _plain("[grad_enabled, inference_mode, [[device type, dtype], ...]]", _is_modes),
     _pack_modes,
-    lambda packed: Modes(packed[0], packed[1], tuple((p[0], p[1]) for p in packed[2])),
+    lambda packed: Modes(packed[0], packed[1], tuple((p[0], p[1]) for p in packed[2]), *packed[3:]),
 )
 
 _LIMIT_NAMES: Final = {field.name for field in dataclass_fields(Limits)}

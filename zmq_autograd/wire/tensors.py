@@ -1,8 +1,8 @@
 """Tensors to raw frames and back.
 
 Owns what of a tensor travels: dtype, shape, the requires_grad flag, and its elements in row-major
-order, little-endian.  Strides, storage and device do not travel.  Knows nothing of messages (see
-`codec`) or of autograd beyond the flag.
+order, little-endian.  Strides, storage and device do not travel.  A sparse (COO) tensor is two
+frames, see `sparse`.  Knows nothing of messages (see `codec`) or of autograd beyond the flag.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from zmq_autograd.errors import ProtocolError, SerializationError
+from zmq_autograd.wire import sparse
 from zmq_autograd.wire.limits import KIB, MAX_DIMENSIONS, MAX_ELEMENTS, Limits, short
 
 if sys.byteorder != "little":  # pragma: no cover
@@ -59,12 +60,17 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
+_LAYOUTS: Final = (torch.strided, torch.sparse_coo)
+
 ADOPT_BYTES: Final = 128 * KIB
 """Received frames from this length on become a tensor's memory as they are; shorter ones are
 copied, which costs less than keeping the frame and gives torch's own alignment of 64 bytes."""
 
 TensorSpec = list[Any]
 """How a tensor stands in the header: ``[dtype name, [dimension, ...], requires_grad]``."""
+
+SparseParts = list[Any]
+"""Of what frames a sparse tensor is: ``[indices, values, [dimension, ...], is_coalesced]``."""
 
 
 class TensorWriter:
@@ -73,12 +79,12 @@ class TensorWriter:
     def __init__(self) -> None:
         self.specs: list[TensorSpec] = []
         self.frames: list[memoryview] = []
-        self._index_of: dict[int, int] = {}
+        self._place_of: dict[int, int | SparseParts] = {}
         self._seen: list[Tensor] = []  # holds the tensors whose `id` is a key above
         self.containers = 0  # kept by `values`, which bounds it
 
-    def add(self, tensor: Tensor, *, detached: bool = False) -> int:
-        """Take one more frame for `tensor` and return its index.
+    def add(self, tensor: Tensor, *, detached: bool = False) -> int | SparseParts:
+        """Take one more frame for `tensor` and return its index, or two and how they make it up.
 
         Args:
             tensor: whose elements are read, here or when the frame is sent.
@@ -90,19 +96,37 @@ class TensorWriter:
         # A subclass or a mode may change what the plain questions and copies below mean.
         with torch._C.DisableTorchFunction():
             check_travels(tensor)
-            frame = _elements(tensor)
-            requires_grad = tensor.requires_grad and not detached
-            self.specs.append([_NAMES[tensor.dtype], list(tensor.shape), requires_grad])
+            # What was made in inference mode can be on no graph, whatever its flag says.
+            requires_grad = tensor.requires_grad and not (detached or tensor.is_inference())
+            if tensor.layout is torch.sparse_coo:
+                return self._add_sparse(tensor, requires_grad=requires_grad)
+            return self._add_frame(tensor, requires_grad=requires_grad)
+
+    def add_once(self, tensor: Tensor) -> int | SparseParts:
+        """Like `add`, but the same tensor object again is the same frame again."""
+        place = self._place_of.get(id(tensor))
+        if place is None:
+            place = self._place_of[id(tensor)] = self.add(tensor)
+            self._seen.append(tensor)
+        return place
+
+    def _add_frame(self, tensor: Tensor, *, requires_grad: bool) -> int:
+        frame = _elements(tensor)
+        self.specs.append([_NAMES[tensor.dtype], list(tensor.shape), requires_grad])
         self.frames.append(frame)
         return len(self.specs) - 1
 
-    def add_once(self, tensor: Tensor) -> int:
-        """Like `add`, but the same tensor object again is the same frame again."""
-        index = self._index_of.get(id(tensor))
-        if index is None:
-            index = self._index_of[id(tensor)] = self.add(tensor)
-            self._seen.append(tensor)
-        return index
+    def _add_sparse(self, tensor: Tensor, *, requires_grad: bool) -> SparseParts:
+        indices, values = sparse.indices_of(tensor).cpu(), sparse.values_of(tensor)
+        shape, coalesced = list(tensor.shape), tensor.is_coalesced()
+        problem = sparse.problem_of(indices, shape, coalesced=coalesced)
+        if problem:
+            raise SerializationError(f"a sparse tensor cannot travel: {problem}")
+        places = [
+            self._add_frame(indices, requires_grad=False),
+            self._add_frame(values, requires_grad=requires_grad),
+        ]
+        return [*places, shape, coalesced]
 
 
 class TensorReader:
@@ -131,7 +155,11 @@ class TensorReader:
         ]
         self._frames = frames
         self._adopt = adopt
+        self._limits = limits
         self._made: dict[int, Tensor] = {}
+        # By the frame of the indices; and the frames of all sparse tensors.
+        self._sparse: dict[int, tuple[SparseParts, Tensor]] = {}
+        self._parts: set[int] = set()
         self.containers = 0  # kept by `values`, which bounds it
 
     def take(self, index: object) -> Tensor:
@@ -140,25 +168,95 @@ class TensorReader:
         Raises:
             ProtocolError: there is no such tensor, or its bytes are no values of its dtype.
         """
-        if type(index) is not int or not 0 <= index < len(self._specs):
-            raise ProtocolError(
-                f"expected a tensor index below {len(self._specs)}, got {short(index)}"
-            )
-        tensor = self._made.get(index)
+        number = self._checked_index(index)
+        if number in self._parts:
+            raise ProtocolError(f"tensor frame {number} is a part of a sparse tensor")
+        tensor = self._made.get(number)
         if tensor is None:
-            dtype, shape, requires_grad = self._specs[index]
             # The mode belongs to the thread; a tensor made in it could never be on a graph.
             with torch.inference_mode(False):
-                tensor = _tensor(self._frames[index], dtype, shape, adopt=self._adopt)
-                tensor.requires_grad_(requires_grad)
-            self._made[index] = tensor
+                tensor = self._plain(number).requires_grad_(self._specs[number][2])
+            self._made[number] = tensor
+        return tensor
+
+    def take_sparse(self, parts: object, *, is_gradient: bool = False) -> Tensor:
+        """Return the sparse tensor of `parts`: the same object however often it is asked for.
+
+        Args:
+            parts: `SparseParts`, not to be trusted.
+            is_gradient: whoever takes it compares its shape with that of a tensor of its own.
+
+        Raises:
+            ProtocolError: there are no such tensors, they are no sparse one, or a dense one of its
+                shape would pass the limits.
+        """
+        if not isinstance(parts, list) or len(parts) != 4:
+            raise ProtocolError(
+                "sparse tensor: expected [indices, values, shape, is_coalesced], got "
+                f"{short(parts)}"
+            )
+        first = self._checked_index(parts[0])
+        made = self._sparse.get(first)
+        if made is not None and made[0] == parts:
+            return made[1]
+        with torch.inference_mode(False):
+            tensor = self._assembled(first, parts, is_gradient=is_gradient)
+        self._sparse[first] = parts, tensor
         return tensor
 
     def check_all_taken(self) -> None:
         """Raise ProtocolError if a frame belongs to nothing in the message."""
-        if len(self._made) != len(self._specs):
-            unused = next(i for i in range(len(self._specs)) if i not in self._made)
+        if len(self._made) + len(self._parts) != len(self._specs):
+            taken = self._parts.union(self._made)
+            unused = next(i for i in range(len(self._specs)) if i not in taken)
             raise ProtocolError(f"tensor frame {unused} is used by no field")
+
+    def _checked_index(self, index: object) -> int:
+        if type(index) is not int or not 0 <= index < len(self._specs):
+            raise ProtocolError(
+                f"expected a tensor index below {len(self._specs)}, got {short(index)}"
+            )
+        return index
+
+    def _plain(self, index: int) -> Tensor:
+        dtype, shape, _ = self._specs[index]
+        return _tensor(self._frames[index], dtype, shape, adopt=self._adopt)
+
+    def _assembled(self, first: int, parts: SparseParts, *, is_gradient: bool) -> Tensor:
+        """Make a sparse tensor of frames that are no other tensor's, nor a part of one.
+
+        Who can write to its indices could make torch write to anywhere.
+        """
+        second, shape, coalesced = self._checked_index(parts[1]), parts[2], parts[3]
+        for index in (first, second):
+            if index in self._parts or index in self._made or first == second:
+                raise ProtocolError(f"tensor frame {index} is used by two tensors")
+        dtype, of_indices, requires_grad = self._specs[first]
+        if dtype is not torch.int64 or requires_grad:
+            raise ProtocolError("sparse tensor: expected indices of int64")
+        if type(coalesced) is not bool:
+            raise ProtocolError(
+                f"sparse tensor: expected a bool for is_coalesced, got {short(coalesced)}"
+            )
+        dtype, of_values, requires_grad = self._specs[second]
+        size = _size(shape, dtype)
+        # What computes with an argument may well make a dense tensor of it.
+        if not is_gradient and size > self._limits.message_bytes:
+            raise ProtocolError(
+                f"sparse tensor: as a dense one its {size} bytes would pass the limit of "
+                f"{self._limits.message_bytes}"
+            )
+        problem = sparse.problem_of_shapes(of_indices, of_values, shape)
+        if not problem:
+            indices = self._plain(first)
+            problem = sparse.problem_of(indices, shape, coalesced=coalesced)
+        if problem:
+            raise ProtocolError(f"sparse tensor: {problem}")
+        self._parts |= {first, second}
+        values = self._plain(second)
+        with _without_complex_half_warning(dtype):
+            tensor = sparse.assembled(indices, values, shape, coalesced=coalesced)
+        return tensor.requires_grad_(requires_grad)
 
 
 def check_travels(tensor: Tensor) -> None:
@@ -169,9 +267,10 @@ def check_travels(tensor: Tensor) -> None:
             f"{kind} cannot travel: it has no elements of its own in one block of memory; "
             "send plain tensors"
         )
-    if tensor.layout is not torch.strided:
+    if tensor.layout not in _LAYOUTS:
         raise SerializationError(
-            f"a tensor of layout {tensor.layout} cannot travel: send tensor.to_dense()"
+            f"a tensor of layout {tensor.layout} cannot travel: send tensor.to_dense(), or "
+            "tensor.to_sparse() if it has few elements"
         )
     if tensor.dtype not in _NAMES:
         raise SerializationError(
@@ -183,7 +282,9 @@ def check_travels(tensor: Tensor) -> None:
             f"a tensor of {tensor.dim()} dimensions and {tensor.numel()} elements cannot travel: "
             f"limits are {MAX_DIMENSIONS} and {MAX_ELEMENTS}"
         )
-    if tensor.numel() and not tensor._is_zerotensor() and _is_freed(tensor):
+    if tensor.layout is torch.sparse_coo or not tensor.numel() or tensor._is_zerotensor():
+        return
+    if _is_freed(tensor):
         raise SerializationError("a tensor whose storage was freed cannot travel")
 
 
@@ -255,11 +356,7 @@ def _checked(
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise ProtocolError(f"tensor: unknown dtype {short(name)}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-        raise ProtocolError(f"tensor: expected up to {MAX_DIMENSIONS} dimensions")
-    # Dimensions are bounded even where another is 0: what a handler computes from such a tensor
-    # (a sum over the empty dimension, say) would be as large as the others.
-    size = math.prod(_dimension(dim) or 1 for dim in shape) * dtype.itemsize
+    size = _size(shape, dtype)
     if size > limits.message_bytes:
         raise ProtocolError(f"tensor: {size} bytes pass the limit of {limits.message_bytes}")
     expected = 0 if 0 in shape else size
@@ -272,6 +369,17 @@ def _checked(
     if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
         raise ProtocolError(f"tensor: {name} cannot require grad")
     return dtype, shape, requires_grad
+
+
+def _size(shape: object, dtype: torch.dtype) -> int:
+    """Return the bytes of a dense tensor, with dimensions of 0 counted as 1.
+
+    So the others are bounded even where one is 0: what a handler computes from such a tensor (a sum
+    over the empty dimension, say) would be as large as they are.
+    """
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ProtocolError(f"tensor: expected up to {MAX_DIMENSIONS} dimensions")
+    return math.prod(_dimension(dim) or 1 for dim in shape) * dtype.itemsize
 
 
 def _dimension(dim: object) -> int:

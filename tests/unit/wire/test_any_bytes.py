@@ -66,7 +66,7 @@ SPECS = st.tuples(DTYPE_NAMES, st.lists(st.integers(0, 3) | NUMBERS, max_size=4)
 ATOMS = st.one_of(
     st.none(), NUMBERS, st.text(max_size=4), st.binary(max_size=10), EXTENSIONS, TIMESTAMPS
 )
-TAGS = st.sampled_from(["tensor", "tuple", "dict", "complex", "int", "other"])
+TAGS = st.sampled_from(["tensor", "sparse", "tuple", "dict", "complex", "int", "other"])
 JUNK = st.recursive(
     ATOMS,
     lambda inner: st.one_of(
@@ -169,14 +169,16 @@ def good_messages() -> list[list[bytes]]:
         torch.tensor(True),
         torch.zeros(0, 5, dtype=torch.bfloat16),
         torch.ones(6, dtype=torch.float16).view(torch.complex32),
+        torch.eye(2, 3).to_sparse(),
     ]
     value = {"a": (1, [2.5, None, tensors[1]]), 3: 2**70, b"k": 1j, "t": tensors[0]}
+    value["s"] = tensors[4]
     incarnation = "0123456789abcdef" * 2
     metadata = m.AutogradMetadata(2**63, 300)
     rich: list[m.Message] = [
         m.ForwardRequest("f", (value, "x" * 40, *tensors), {"k": value}, metadata, committed=2**63),
         m.ForwardResponse(value, metadata, committed=300),
-        m.PropagateGradientsRequest(metadata, [tensors[0], None, tensors[2], tensors[3]], True, 9),
+        m.PropagateGradientsRequest(metadata, [tensors[0], None, *tensors[2:]], True, 9),
         m.RRefFetchResponse(value),
         m.StatusResponse(value),
         m.Hello("alice", incarnation, features=("a", "b")),

@@ -29,6 +29,7 @@ DOCUMENT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encodi
 TYPES_OF_FIELDS = {
     f.ID: "id",
     f.BOOL: "bool",
+    f.OPTIONAL_BOOL: "bool or nil",
     f.STRING: "string",
     f.OPTIONAL_STRING: "string or nil",
     f.STRINGS: "strings",
@@ -191,6 +192,15 @@ def test_limits_and_their_defaults() -> None:
     assert bounds == {
         name: value for name, value in vars(limits).items() if name.startswith("MAX_")
     }
+
+
+def test_the_example_of_a_sparse_tensor() -> None:
+    text = section("Sparse tensors")
+    python, pinned = re.findall(r"```(?:python|text)\n(.*?)```", text, re.DOTALL)
+    message = eval(python, {**vars(messages), "torch": torch})  # noqa: S307  # our own text
+    frames = frames_in(pinned)
+    assert [bytes(frame).hex() for frame in encode(message)] == [frame.hex() for frame in frames]
+    assert same(open_envelope(frames)[1], message)
 
 
 def test_version() -> None:

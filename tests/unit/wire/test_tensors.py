@@ -371,7 +371,6 @@ def freed(nbytes: int) -> Tensor:
 
 
 CANNOT_TRAVEL: dict[str, tuple[Callable[[], Tensor], str]] = {
-    "sparse": (lambda: torch.eye(2).to_sparse(), "torch.sparse_coo.*send tensor.to_dense"),
     "meta": (lambda: torch.ones(2, device="meta"), "a meta tensor.*send plain tensors"),
     "wrapper": (lambda: Wrapper(torch.ones(2)), "a Wrapper cannot travel.*send plain tensors"),
     "fake": (fake, "a FakeTensor cannot travel"),

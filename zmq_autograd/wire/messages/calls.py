@@ -18,11 +18,13 @@ class Modes:
         grad_enabled: as ``torch.is_grad_enabled()``.
         inference_mode: as ``torch.is_inference_mode_enabled()``.
         autocast: pairs of device type and dtype name for which autocast was on.
+        check_nan: as ``torch.is_anomaly_check_nan_enabled()``, None where anomaly mode was off.
     """
 
     grad_enabled: bool = True
     inference_mode: bool = False
     autocast: tuple[tuple[str, str], ...] = ()
+    check_nan: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

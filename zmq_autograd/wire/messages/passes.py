@@ -109,6 +109,7 @@ class StartPass(Request):
         accumulate_grad: add the gradients of leaves to their ``.grad`` too.
         committed: the context's last pass that the sender knows to be complete, 0 for none.
         asked_id: the `BackwardRequest` that asked for it, 0 if the owner did.
+        check_nan: whether anomaly mode looks for NaN, None where that is off.
     """
 
     reply: ClassVar = StartPassResponse
@@ -123,6 +124,7 @@ class StartPass(Request):
     accumulate_grad: bool = False
     committed: int = 0
     asked_id: int = 0
+    check_nan: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +221,7 @@ class BackwardRequest(Request):
         retain_graph: as in `StartPass`.
         inputs_only: as in `StartPass`.
         accumulate_grad: as in `StartPass`.
+        check_nan: as in `StartPass`.
     """
 
     reply: ClassVar = BackwardResponse
@@ -229,3 +232,4 @@ class BackwardRequest(Request):
     retain_graph: bool = False
     inputs_only: bool = False
     accumulate_grad: bool = False
+    check_nan: bool | None = None
