@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from zmq_autograd.errors import (
@@ -35,7 +36,13 @@ from zmq_autograd.session import (
 from zmq_autograd.transport import HIGH_WATER_BYTES, Link, LinkClosed
 from zmq_autograd.transport.outgoing import hold
 from zmq_autograd.wire import Buffer, Envelope, check_fits, encode, open_envelope
-from zmq_autograd.wire.messages import AutogradMetadata, Message, Reply, Request
+from zmq_autograd.wire.messages import (
+    AutogradMetadata,
+    ForwardResponse,
+    Message,
+    Reply,
+    Request,
+)
 
 
 class ChannelOwner(Protocol):
@@ -184,8 +191,9 @@ class Channel:
         message_ids = (metadata.message_id,) if isinstance(metadata, AutogradMetadata) else ()
         envelope = self._session.request(type(message), timeout, message_ids)
         request_id = envelope.request_id
-        message, given = self._owner.rrefs.give(message, self.peer)
+        given: Given = []
         try:
+            message, given = self._owner.rrefs.give(message, self.peer)
             frames = self._encoded(message, envelope)
         except BaseException:
             self._session.forget(request_id)
@@ -245,11 +253,15 @@ class Channel:
 
     def _reply_frames(self, request_id: int, reply: Reply) -> tuple[list[Buffer], Given]:
         envelope = Envelope(self._session.session_id, request_id)
-        message, given = self._owner.rrefs.give(reply, self.peer)
+        given: Given = []
         try:
+            message, given = self._owner.rrefs.give(reply, self.peer)
             return self._encoded(message, envelope), given
         except Exception as error:  # noqa: BLE001  # whatever it is, the sender must hear of it
             self._owner.rrefs.taken_back(given)
+            if isinstance(reply, ForwardResponse) and reply.profiler_events is not None:
+                # Together they may be too much; the result comes first.
+                return self._reply_frames(request_id, replace(reply, profiler_events=None))
             return self._own_frames(error_response(error, self._owner.me.name), envelope), []
 
     def _answer(self, request_id: int, frames: list[Buffer], given: Given) -> None:

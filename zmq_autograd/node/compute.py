@@ -17,8 +17,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from zmq_autograd.engine import reading
 from zmq_autograd.errors import ConfigurationError, ResourceExhausted
 from zmq_autograd.node.current import applied, current_call, current_modes
+from zmq_autograd.node.torch_profiles import recorder_here
 from zmq_autograd.wire.messages import Modes
 
 logger = logging.getLogger("zmq_autograd")
@@ -72,6 +74,9 @@ class ComputePool:
         future: asyncio.Future[T] = loop.create_future()
         context = contextvars.copy_context()
         under = current_modes() if modes is None else modes
+        recorder = recorder_here()
+        if recorder is not None:
+            function = recorder.recorded(function)
 
         def work() -> None:
             result, error = None, None
@@ -182,7 +187,8 @@ async def compute(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T
     """Run ``function(*args, **kwargs)`` in a compute thread and return its result.
 
     For what takes long or holds the loop up: a module's forward, an optimizer's step.  The context,
-    the call and torch's modes (grad, inference, autocast) at the caller hold in the thread too.
+    the call and torch's modes (grad, inference, autocast) at the caller hold in the thread too.  In
+    a context it waits for a step of a `DistributedOptimizer` that runs on this worker.
 
     Raises:
         ResourceExhausted: the worker has as many computations under way as it takes.
@@ -192,7 +198,8 @@ async def compute(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T
     """
     call = current_call.get()
     pool = _shared_pool if call is None else call.node.pool
-    return await pool.run(lambda: function(*args, **kwargs))
+    async with reading():
+        return await pool.run(lambda: function(*args, **kwargs))
 
 
 def _run_under(modes: Modes, function: Callable[[], T]) -> T:

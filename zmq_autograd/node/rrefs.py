@@ -217,7 +217,11 @@ class RRefs:
             given.append((reference.rref_id, reference.fork_id))
             return reference
 
-        return _with_values(message, Held, refer), given
+        try:
+            return _with_values(message, Held, refer), given
+        except BaseException:  # raised by a container of the user's
+            self.taken_back(given)
+            raise
 
     def taken_back(self, given: Given) -> None:
         """Take in that a message did not leave after all."""
