@@ -6,6 +6,7 @@ Kept in one context variable, so that it follows `await`, tasks and, through `co
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from zmq_autograd.autograd.anomaly import check_nan, recording
 from zmq_autograd.wire.messages import Modes
 from zmq_autograd.wire.tensors import DTYPES
 
@@ -33,7 +35,6 @@ class Call:
         node: the inside of that worker.
         deadline: on the event loop's clock, when nobody waits for it any more; None for never.
         modes: torch's modes at the caller.
-        is_running: its handler is in one of its steps, under modes of its own.
         is_over: its handler has returned; what runs on, in tasks of its own, has no deadline.
     """
 
@@ -42,11 +43,23 @@ class Call:
     node: Any
     deadline: float | None
     modes: Modes
-    is_running: bool = False
     is_over: bool = False
 
 
 current_call: Final[ContextVar[Call | None]] = ContextVar("zmq_autograd_call", default=None)
+
+
+class _Thread(threading.local):
+    """What a thread knows of itself.
+
+    Attributes:
+        has_own_modes: what it runs was put under modes of its own, those of its call among them.
+    """
+
+    has_own_modes = False
+
+
+this_thread: Final = _Thread()
 
 
 def shortened(timeout: float | None) -> float | None:
@@ -65,15 +78,17 @@ def current_modes() -> Modes:
         for device, is_on, dtype in autocast_here()
         if is_on
     )
-    here = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+    nan = check_nan()
+    here = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, nan)
     call = current_call.get()
-    if call is None or call.is_running:
+    if call is None or this_thread.has_own_modes:
         return here
     # A task of the handler's own: what its call came with is not the thread's.
     return Modes(
         here.grad_enabled and call.modes.grad_enabled,
         here.inference_mode or call.modes.inference_mode,
         tuple({**dict(call.modes.autocast), **dict(autocast)}.items()),
+        nan,
     )
 
 
@@ -126,4 +141,10 @@ def applied(modes: Modes) -> Iterator[None]:
         stack.enter_context(torch.set_grad_enabled(modes.grad_enabled))
         for device, dtype in modes.autocast:
             stack.enter_context(torch.autocast(device, dtype=_dtype(dtype)))
-        yield
+        if modes.check_nan is not None:
+            stack.enter_context(recording())
+        before, this_thread.has_own_modes = this_thread.has_own_modes, True
+        try:
+            yield
+        finally:
+            this_thread.has_own_modes = before

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from zmq_autograd.autograd.anomaly import of_the_call
 from zmq_autograd.errors import ConfigurationError, WorkerLost
 from zmq_autograd.node.current import Call, current_call
 from zmq_autograd.node.registry import is_async
@@ -100,6 +101,7 @@ class Dispatcher:
         modes = message.modes if isinstance(message, ForwardRequest) else Modes()
         call = Call(worker, channel.peer, node, request.deadline, modes)
         current_call.set(call)
+        of_the_call.set(modes.check_nan)
         try:
             reply = await self._reply_to(message, call)
             call.is_over = True

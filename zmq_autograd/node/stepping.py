@@ -9,26 +9,29 @@ which its last step ended, and the thread gets back its own after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from zmq_autograd.node.current import Call, autocast_here, autocast_of, set_autocast
+from zmq_autograd.autograd.anomaly import recording
+from zmq_autograd.node.current import autocast_here, autocast_of, set_autocast, this_thread
+from zmq_autograd.wire.messages import Modes
 
 
 class Stepped:
     """Awaitable that runs a coroutine; see the module."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], call: Call) -> None:
-        """Run `coroutine`, which handles `call`, and so begins under the caller's modes."""
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], modes: Modes) -> None:
+        """Run `coroutine`, which begins under `modes`."""
         self._coroutine = coroutine
-        self._call = call
+        self._modes = modes
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        coroutine, call = self._coroutine, self._call
-        grad, inference = call.modes.grad_enabled, call.modes.inference_mode
+        coroutine, modes = self._coroutine, self._modes
+        grad, inference = modes.grad_enabled, modes.inference_mode
         try:
-            autocast = autocast_of(call.modes)
+            autocast = autocast_of(modes)
         except ValueError:  # no such modes: it never begins
             coroutine.close()
             raise
@@ -36,17 +39,19 @@ class Stepped:
         sent: Any = None
         while True:
             threads = autocast_here()
-            with torch._C._InferenceMode(inference):  # on leaving it gives back grad mode too
+            taken_down = nullcontext() if modes.check_nan is None else recording()
+            # On leaving, inference mode gives back grad mode too.
+            with taken_down, torch._C._InferenceMode(inference):
                 torch._C._set_grad_enabled(grad)
                 if autocast != threads:
                     set_autocast(autocast)
-                call.is_running = True
+                before, this_thread.has_own_modes = this_thread.has_own_modes, True
                 try:
                     awaited = go_on(sent)
                 except StopIteration as done:
                     return done.value
                 finally:
-                    call.is_running = False
+                    this_thread.has_own_modes = before
                     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                     autocast = autocast_here()
                     if autocast != threads:
