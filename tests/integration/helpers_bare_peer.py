@@ -124,6 +124,8 @@ def call(function: str, *args: Any, **fields: Any) -> dict[str, Any]:
         "profiler": None,
         "committed": 0,
         "from_owner": False,
+        "target_id": 0,
+        "keep": False,
     } | fields
 
 

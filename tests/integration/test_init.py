@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import DEADLINE
-from zmq_autograd import Worker
+from zmq_autograd import Worker, current_peer
 from zmq_autograd.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -98,6 +98,28 @@ async def test_members_know_each_other_by_rank_and_by_name(port: int) -> None:
                 assert await worker.peer(f"worker{rank}") is peer
                 assert (peer.name, peer.incarnation) == (peer.name, workers[rank].incarnation)
                 assert await peer.call("tell", "x") == (rank, "x")
+
+
+async def test_two_dozen_members_come_up_and_call_each_other_at_once(port: int) -> None:
+    workers = members(24, port)
+
+    @workers[0].register
+    async def ask_back(x: int) -> int:
+        caller = current_peer()
+        assert caller is not None
+        answer: int = await caller.call("double", x)
+        return answer
+
+    for worker in workers:
+        worker.register(lambda x: 2 * x, "double")
+
+    async def ask(worker: WorldWorker) -> int:
+        answer: int = await (await worker.peer(0)).call("ask_back", worker.rank)
+        return answer
+
+    async with running(workers):
+        answers = await asyncio.gather(*(ask(worker) for worker in workers[1:]))
+        assert answers == [2 * rank for rank in range(1, 24)]
 
 
 async def test_a_peer_asked_for_twice_at_once_is_dialled_once(port: int) -> None:
