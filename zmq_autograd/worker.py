@@ -224,7 +224,8 @@ class Worker:
         Args:
             kind: the type; its subclasses travel as it, unless they have a codec themselves.
             name: what both sides call it; by default the type's qualified name.
-            pack: makes of an object what can travel.  Tensors in it stay on the graph.
+            pack: makes of an object what can travel, or returns the object if it can.  Tensors
+                stay on the graph.
             unpack: makes an object of that.
 
         Raises:

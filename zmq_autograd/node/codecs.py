@@ -23,7 +23,8 @@ class Codec:
 
     Attributes:
         name: what sender and receiver call it.
-        pack: makes a value that can travel of an object.
+        pack: makes a value that can travel of an object; or returns the object, which then travels
+            as it is.
         unpack: makes an object of that value again.
     """
 
@@ -76,10 +77,11 @@ class Codecs:
         """
         return replaced(value, Coded, self._unpacked) if contains(value, Coded) else value
 
-    def _packed(self, value: Any) -> Coded:
+    def _packed(self, value: Any) -> Any:
         codec = next(self._by_type[kind] for kind in type(value).__mro__ if kind in self._by_type)
+        packed = codec.pack(value)
         # What it makes may hold further objects.
-        return Coded(codec.name, self.pack(codec.pack(value)))
+        return value if packed is value else Coded(codec.name, self.pack(packed))
 
     def _unpacked(self, coded: Coded) -> Any:
         codec = self._by_name.get(coded.codec)
@@ -87,4 +89,4 @@ class Codecs:
             raise SerializationError(
                 f"worker {self.worker!r} has no codec {coded.codec[:200]!r}: register it there, too"
             )
-        return codec.unpack(coded.value)
+        return codec.unpack(self.unpack(coded.value))

@@ -108,18 +108,21 @@ def contains(value: Any, kind: type | tuple[type, ...], depth: int = 0) -> bool:
 def replaced(
     value: Any, kind: type | tuple[type, ...], replace: Callable[[Any], Any], depth: int = 0
 ) -> Any:
-    """Return `value` with whatever in it is one of `kind` replaced; the innermost first."""
+    """Return `value` with whatever in it is one of `kind` replaced, without looking into that."""
     if type(value) in _PLAIN_TYPES:
         return value
-    if depth <= MAX_NESTING:
-        if isinstance(value, (list, tuple)):
-            items = [replaced(item, kind, replace, depth + 1) for item in value]
-            value = items if isinstance(value, list) else tuple(items)
-        elif isinstance(value, dict):
-            value = {k: replaced(v, kind, replace, depth + 1) for k, v in value.items()}
-        elif isinstance(value, Coded):
-            value = Coded(value.codec, replaced(value.value, kind, replace, depth + 1))
-    return replace(value) if isinstance(value, kind) else value
+    if isinstance(value, kind):
+        return replace(value)
+    if depth > MAX_NESTING:
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [replaced(item, kind, replace, depth + 1) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {k: replaced(v, kind, replace, depth + 1) for k, v in value.items()}
+    if isinstance(value, Coded):
+        return Coded(value.codec, replaced(value.value, kind, replace, depth + 1))
+    return value
 
 
 def _not_plain(container: Any) -> Collection[Any]:

@@ -238,8 +238,8 @@ def test_what_is_in_a_value_is_found_and_replaced_at_any_depth() -> None:
     assert contains(value, Coded)
     assert not contains(value, torch.Tensor)
     assert replaced(value, Reference, lambda found: found.rref_id)[1][0]["a"].value == [1]
-    opened = replaced(value, (Reference, Coded), lambda v: getattr(v, "value", "an rref"))
-    assert opened == [1, ({"a": ["an rref"]}, "b"), {"c": [3]}]
+    opened = replaced(value, (Reference, Coded), lambda found: getattr(found, "value", None))
+    assert opened == [1, ({"a": [reference]}, "b"), {"c": [3]}]  # what is found is not searched
 
 
 @pytest.mark.parametrize("empty", [[], (), {}], ids=["list", "tuple", "dict"])
