@@ -277,7 +277,8 @@ async def test_a_call_at_any_time_changes_nothing_of_a_pass(
     async def call() -> None:
         for context in caller.contexts:  # one, if the program has come there
             visit = Visit(caller, context, context.enter())
-            await visit.call(callee, double, [program.leaves[ends[0]], *program.kept[ends[0]]])
+            sent = distinct([program.leaves[ends[0]], *program.kept[ends[0]]])
+            await visit.call(callee, double, sent)
 
     def begin_call() -> None:
         network.spawn(call())
