@@ -13,7 +13,7 @@
 See the README for the first steps, and ``docs/`` for the rest.
 """
 
-from zmq_autograd import wire
+from zmq_autograd import blocking, wire
 from zmq_autograd.engine import Context
 from zmq_autograd.errors import (
     AuthenticationError,
@@ -21,6 +21,7 @@ from zmq_autograd.errors import (
     ContextError,
     DeadlineExceeded,
     NotRegistered,
+    PartialStepError,
     ProtocolError,
     RemoteError,
     ResourceExhausted,
@@ -29,7 +30,9 @@ from zmq_autograd.errors import (
     ZmqAutogradError,
 )
 from zmq_autograd.launch.world import init
+from zmq_autograd.module import RemoteModule, RemoteParameter
 from zmq_autograd.node import compute
+from zmq_autograd.optimizer import DistributedOptimizer
 from zmq_autograd.remote import RemoteWorker
 from zmq_autograd.rref import RRef
 from zmq_autograd.wire import Limits, messages
@@ -51,6 +54,11 @@ __all__ = [
     "current_context",
     # state that lives elsewhere
     "RRef",
+    "RemoteModule",
+    "RemoteParameter",
+    "DistributedOptimizer",
+    # without async
+    "blocking",
     # the wire
     "wire",
     "messages",
@@ -62,6 +70,7 @@ __all__ = [
     "ContextError",
     "DeadlineExceeded",
     "NotRegistered",
+    "PartialStepError",
     "ProtocolError",
     "RemoteError",
     "ResourceExhausted",

@@ -10,6 +10,7 @@
     │   └── NotRegistered       the peer offers nothing under that name        (also LookupError)
     ├── WorkerLost              a worker died, froze, left or could not be reached
     ├── DeadlineExceeded        time ran out                                   (also TimeoutError)
+    ├── PartialStepError        an optimizer's step that not all workers applied
     ├── ContextError            a context that does not exist, or no longer
     ├── AuthenticationError     the peer's key was refused
     └── ResourceExhausted       a limit or a budget would be passed
@@ -20,7 +21,7 @@ floor: imports nothing of the package.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 __all__ = [
     "ZmqAutogradError",
@@ -31,6 +32,7 @@ __all__ = [
     "NotRegistered",
     "WorkerLost",
     "DeadlineExceeded",
+    "PartialStepError",
     "ContextError",
     "AuthenticationError",
     "ResourceExhausted",
@@ -160,6 +162,52 @@ class DeadlineExceeded(ZmqAutogradError, TimeoutError):
         super().__init__(message, worker=workers[0] if workers else None, path=path)
         self.workers = tuple(workers)
         self.message_ids = tuple(message_ids)
+
+
+class PartialStepError(ZmqAutogradError):
+    """An optimizer's step that some workers applied, or may have applied, and others did not.
+
+    Attributes:
+        applied: names of the workers whose parameters have been stepped.
+        not_applied: of those whose parameters are as they were.
+        unknown: of those of which neither is certain: lost or silent meanwhile, or their optimizer
+            raised after it had changed something.
+        causes: by name, what went wrong on each worker of the last two.
+    """
+
+    def __init__(
+        self,
+        *,
+        applied: Sequence[str] = (),
+        not_applied: Sequence[str] = (),
+        unknown: Sequence[str] = (),
+        causes: Mapping[str, BaseException] | None = None,
+    ) -> None:
+        self.applied = tuple(applied)
+        self.not_applied = tuple(not_applied)
+        self.unknown = tuple(unknown)
+        self.causes = dict(causes or {})
+        says = [
+            f"{what}: {', '.join(map(self._described, names))}"
+            for what, names in (
+                ("applied", self.applied),
+                ("not applied", self.not_applied),
+                ("not known whether it was applied", self.unknown),
+            )
+            if names
+        ]
+        first = (*self.not_applied, *self.unknown)[:1]
+        super().__init__(
+            f"the step did not succeed on every worker; {'; '.join(says)}",
+            worker=first[0] if first else None,
+        )
+
+    def _described(self, name: str) -> str:
+        cause = self.causes.get(name)
+        if cause is None:
+            return repr(name)
+        says = str(cause).partition("\n")[0]  # the rest, a remote traceback say, is the cause's
+        return f"{name!r} ({type(cause).__name__}: {says})"
 
 
 class ContextError(ZmqAutogradError):

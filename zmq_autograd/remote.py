@@ -21,6 +21,7 @@ from zmq_autograd.errors import (
 )
 from zmq_autograd.module import RemoteModule
 from zmq_autograd.node import RESERVED_PREFIX, Codecs, current_modes
+from zmq_autograd.node.torch_profiles import recorder_here
 from zmq_autograd.session import Identity, checked_timeout
 from zmq_autograd.wire import DEFAULT_LIMITS, Limits
 from zmq_autograd.wire.messages import (
@@ -67,6 +68,10 @@ class Home(Protocol):
 
     contexts: Contexts
     codecs: Codecs
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
 
 
 class RemoteWorker:
@@ -176,11 +181,7 @@ class RemoteWorker:
             NotRegistered: it offers no module of that name to this worker.
             ZmqAutogradError: as for `call`.
         """
-
-        def method(key: str) -> Callable[..., Awaitable[Any]]:
-            return self.function(f"{name}.{key}", timeout=timeout)
-
-        return await RemoteModule.of(self, name, method)
+        return await RemoteModule.registered(self, name, timeout)
 
     async def propagate_gradients(
         self,
@@ -302,7 +303,7 @@ class RemoteWorker:
         is_cut = torch.is_grad_enabled() and any(
             t.requires_grad for t in tensors_in([message.args, message.kwargs])
         )
-        reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
+        reply = cast(ForwardResponse, await self._profiled(message, timeout))
         for tensor in tensors_in(reply.result):
             tensor.requires_grad_(False)
         if is_cut:
@@ -324,6 +325,19 @@ class RemoteWorker:
         )
         return cast(ForwardResponse, await self._exchange(context, message, timeout)).result
 
+    async def _profiled(
+        self, message: ForwardRequest | RRefFetchRequest, timeout: float | None
+    ) -> Reply:
+        """Send a request; where a profiler runs here, have it see what a call does there."""
+        recorder = recorder_here()
+        if recorder is None or isinstance(message, RRefFetchRequest):
+            return await self.request(message, timeout=timeout)
+        message = replace(message, profiler=recorder.options.to_value())
+        with recorder.call(message.function, self._home.name, self.name) as saw:
+            reply = cast(ForwardResponse, await self.request(message, timeout=timeout))
+            saw(reply.profiler_events)
+            return reply
+
     def _checked(self, scope: Scope) -> Context:
         context = scope.context
         if context.table is not self._home.contexts:
@@ -340,7 +354,7 @@ class RemoteWorker:
     ) -> ForwardResponse | RRefFetchResponse:
         """Send what belongs to a context, and put the tensors of the reply on its graph."""
         try:
-            reply = await self.request(message, timeout=timeout)
+            reply = await self._profiled(message, timeout)
         except SerializationError:  # nothing has left
             if message.metadata is not None:
                 context.not_sent(message.metadata.message_id)

@@ -180,16 +180,8 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-async def main() -> None:
-    torch.set_num_threads(1)  # there are enough processes for the processors
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("--listen", required=True)
-    parser.add_argument("--next", help="whom this one calls")
-    arguments = parser.parse_args()
-    worker = za.Worker(arguments.name, arguments.listen, drain=1.0)
-    learner = Learner(arguments.next)
-    learner.offer_on(worker)
+async def serve(worker: za.Worker) -> None:
+    """Run `worker` until standard input ends."""
     async with worker:
         loop = asyncio.get_running_loop()
         serving = loop.create_task(worker.serve_forever())
@@ -201,6 +193,19 @@ async def main() -> None:
             pass  # the test has closed our standard input
         finally:
             loop.remove_reader(sys.stdin)
+
+
+async def main() -> None:
+    torch.set_num_threads(1)  # there are enough processes for the processors
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--next", help="whom this one calls")
+    arguments = parser.parse_args()
+    worker = za.Worker(arguments.name, arguments.listen, drain=1.0)
+    learner = Learner(arguments.next)
+    learner.offer_on(worker)
+    await serve(worker)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,23 @@ def test_hello_calls_across_workers(start: Start) -> None:
     assert finish(start("hello.py")) == ("tensor([2., 2., 2.])\n", "")
 
 
+def test_blocking_equals_one_process(start: Start) -> None:
+    output, errors = finish(start("blocking.py"))
+    assert errors == ""
+    loss, difference = re.findall(r": ([\d.e+-]+)\n", output)
+    assert float(loss) < 0.5
+    assert float(difference) == 0
+
+
+def test_remote_module_equals_one_process(start: Start) -> None:
+    output, errors = finish(start("remote_module.py"))
+    assert errors == ""
+    _, score, of_logits, of_state = re.findall(r": ([\d.e+-]+)$", output, re.MULTILINE)
+    assert float(score) > 0.85
+    assert float(of_logits) < 1e-12
+    assert float(of_state) == 0
+
+
 def test_bare_transport_shows_what_it_says(start: Start) -> None:
     alice, bob = finish(start("bare_transport.py"))
     # Sent once, resent over the retained graph, and then through both outputs.
@@ -185,6 +202,23 @@ def test_multi_node_equals_one_process(start: Start, tmp_path: Path) -> None:
     assert picture.std() > 0.01  # something is drawn
 
 
+def test_parameter_server_loses_no_update(start: Start) -> None:
+    output, errors = finish(start("parameter_server.py", "--epochs", "2"))
+    assert errors == ""
+    before, *trained, after, check = output.splitlines()
+    assert sorted(line.split(",")[0] for line in trained) == [
+        f"trainer {rank}: epoch {epoch}" for rank in range(3) for epoch in (1, 2)
+    ]
+    scores = [
+        float(line.removeprefix(f"{when}: test accuracy "))
+        for when, line in (("before", before), ("after", after))
+    ]
+    assert scores[0] < 0.3
+    assert scores[1] > 0.75
+    difference = check.removeprefix("largest difference of a weight from the sum of all updates: ")
+    assert float(difference) < 1e-12
+
+
 def test_reference_knows_nothing_of_this_package() -> None:
     # `multi_node.py` runs it, above; what it says is worth something only if it is independent.
     text = (EXAMPLES / "multi_node_reference.py").read_text()
@@ -206,6 +240,7 @@ def test_reference_knows_nothing_of_this_package() -> None:
     [
         # While processes are starting, ...
         ("multi_node.py", "starting", signal.SIGINT),
+        ("parameter_server.py", "before", signal.SIGINT),
         ("unused_result.py", "loss =", signal.SIGTERM),
         # ... and when the stages are linked, which is before the first batch.
         ("multi_node.py", "training over", signal.SIGTERM),

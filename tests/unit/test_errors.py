@@ -11,6 +11,7 @@ from zmq_autograd.errors import (
     ContextError,
     DeadlineExceeded,
     NotRegistered,
+    PartialStepError,
     ProtocolError,
     RemoteError,
     ResourceExhausted,
@@ -56,6 +57,17 @@ TEXTS: list[tuple[ZmqAutogradError, str]] = [
     (
         DeadlineExceeded("no reply from worker 'bob' within 2 s", workers=("bob",)),
         "no reply from worker 'bob' within 2 s",
+    ),
+    (
+        PartialStepError(applied=["alice"], not_applied=["bob"], causes={"bob": ValueError("no")}),
+        "the step did not succeed on every worker; applied: 'alice'; "
+        "not applied: 'bob' (ValueError: no)",
+    ),
+    (
+        PartialStepError(not_applied=["bob", "dora"], unknown=["carol"], causes={"carol": REMOTE}),
+        "the step did not succeed on every worker; not applied: 'bob', 'dora'; not known whether "
+        "it was applied: 'carol' (RemoteError: ValueError on worker 'carol': x is negative (by way "
+        "of bob -> carol))",
     ),
     (ContextError("worker 'bob' has no context 7", context_id=7), "worker 'bob' has no context 7"),
     (AuthenticationError("worker 'bob' refused our key"), "worker 'bob' refused our key"),
@@ -118,6 +130,17 @@ def test_facts() -> None:
     late = DeadlineExceeded("text", workers=["bob", "carol"], message_ids=[3, 4])
     assert (late.worker, late.workers, late.message_ids) == ("bob", ("bob", "carol"), (3, 4))
     assert DeadlineExceeded("text").worker is None
+
+    cause = ValueError("no")
+    partial = PartialStepError(
+        applied=["alice"], not_applied=["bob"], unknown=["carol"], causes={"bob": cause}
+    )
+    assert (partial.applied, partial.not_applied, partial.unknown) == (
+        ("alice",),
+        ("bob",),
+        ("carol",),
+    )
+    assert (partial.causes, partial.worker) == ({"bob": cause}, "bob")
 
     gone = ContextError("text", context_id=9, worker="bob")
     assert (gone.context_id, gone.worker) == (9, "bob")

@@ -4,9 +4,16 @@ Knows workers by two narrow protocols (`host`), never sockets or sessions.  Star
 `context`; docs/engine.md has the why.
 """
 
-from zmq_autograd.engine.context import BACKWARD_TIMEOUT, Context, Scope, current_scope
+from zmq_autograd.engine.context import (
+    BACKWARD_TIMEOUT,
+    Context,
+    Scope,
+    current_scope,
+    keeps,
+    reading,
+)
 from zmq_autograd.engine.contexts import Contexts
-from zmq_autograd.engine.host import Host, Peer
+from zmq_autograd.engine.host import Host, Peer, current_span
 from zmq_autograd.engine.places import Place
 
 __all__ = [
@@ -18,4 +25,7 @@ __all__ = [
     "Place",
     "Scope",
     "current_scope",
+    "current_span",
+    "keeps",
+    "reading",
 ]

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zmq_autograd.engine import Context, Contexts, reading
+from zmq_autograd.engine import Context, Contexts, keeps, reading
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.errors import ContextError, NotRegistered
+from zmq_autograd.node import optimizers
 from zmq_autograd.node.current import current_call
 from zmq_autograd.node.profiled import ProfilerOptions
 from zmq_autograd.node.recorder import CallRecorder
@@ -80,6 +81,7 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
         registry.find(GRAPH_FUNCTION, node.name)
     except NotRegistered:  # in the worker's first life: what is registered outlasts its node
         registry.register(_graph, GRAPH_FUNCTION, internal=True)
+        optimizers.add_to(registry)
 
 
 async def _profiled(
@@ -151,7 +153,10 @@ async def _result(request: ForwardRequest, entry: Entry, node: Node) -> Any:
     """Return what the reply to a call holds: what the function returned, or an RRef to it."""
     args, kwargs = node.codecs.unpack([request.args, dict(request.kwargs)])
     result = await entry.call(args, kwargs, node.pool)
-    return node.rrefs.keep(result) if request.keep else node.codecs.pack(result)
+    if not request.keep:
+        return node.codecs.pack(result)
+    keeps(tensors_in(result))
+    return node.rrefs.keep(result)
 
 
 async def _graph(context_id: int, committed: int, seconds: float, is_parent: bool) -> list[Any]:

@@ -21,6 +21,7 @@ from zmq_autograd.node.compute import ComputePool
 from zmq_autograd.node.dispatcher import Dispatcher
 from zmq_autograd.node.registry import Registry
 from zmq_autograd.node.rrefs import Fork, Held, RRefs
+from zmq_autograd.node.torch_profiles import carry
 from zmq_autograd.session import HandleRequest, Identity, error_response
 from zmq_autograd.transport import Link, Listener, Transports
 from zmq_autograd.wire.messages import Message, Modes
@@ -261,7 +262,9 @@ class Node:
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a coroutine in a task of its own, in none of the calls being served."""
-        task = asyncio.create_task(coroutine, context=self._context.copy())
+        context = self._context.copy()
+        carry(context)
+        task = asyncio.create_task(coroutine, context=context)
         self._spawned.add(task)
         task.add_done_callback(self._spawned_ended)
         return task

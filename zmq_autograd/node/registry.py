@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Protocol
 
 from torch.nn import Module
 
+from zmq_autograd.engine import reading
 from zmq_autograd.errors import ConfigurationError, NotRegistered
 from zmq_autograd.node.compute import ComputePool
 from zmq_autograd.node.modules import ExposedModule
@@ -45,14 +46,16 @@ class Entry:
     async def call(self, args: Iterable[Any], kwargs: dict[str, Any], pool: ComputePool) -> Any:
         """Run it: a coroutine function on the loop, any other in a compute thread.
 
-        Cancelling it cancels a coroutine; a thread finishes, and keeps its turn until then.
+        In a context it waits for an optimizer's step that runs.  Cancelling it cancels a coroutine;
+        a thread finishes, and keeps its turn until then.
         """
         call = functools.partial(self.function, *args, **kwargs)
         if self.turns is not None:
             return await self._in_turn(call, pool, self.turns.here())
-        if is_async(self.function):
-            return await call()
-        return await _handed_on(await pool.run(call))
+        async with reading():
+            if is_async(self.function):
+                return await call()
+            return await _handed_on(await pool.run(call))
 
     async def _in_turn(
         self, call: Callable[[], Any], pool: ComputePool, turns: asyncio.Semaphore
@@ -64,10 +67,11 @@ class Entry:
         await turns.acquire()
         running: asyncio.Future[Any] | None = None
         try:
-            if is_async(self.function):
-                return await call()
-            running = pool.start(call)
-            return await _handed_on(await asyncio.shield(running))
+            async with reading():
+                if is_async(self.function):
+                    return await call()
+                running = pool.start(call)
+                return await _handed_on(await asyncio.shield(running))
         finally:
             if running is None or running.done():
                 turns.release()
@@ -127,8 +131,11 @@ class Registry:
     def __init__(self, worker: str) -> None:
         """Make an empty table for the worker named `worker`."""
         self.worker = worker
+        # How its plain functions are called: as they are, unless they know blocking objects.
+        self.adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
         self._entries: dict[str, Entry] = {}
         self._offers: dict[type, Offer] = {}
+        self._classes: dict[str, type] = {}
 
     def find(self, name: str, peer: str) -> Entry:
         """Return what `peer` may call by `name`.
@@ -145,6 +152,15 @@ class Registry:
             )
         return entry
 
+    def find_class(self, name: str, peer: str) -> type | None:
+        """Return the class that `peer` may make instances of by `name`, None if it is no class.
+
+        Raises:
+            NotRegistered: nothing of that name, or not for this peer.
+        """
+        self.find(name, peer)
+        return self._classes.get(name)
+
     def method(self, instance: Instance, name: str, peer: str) -> Entry:
         """Return the method of a kept value that `peer` may call by `name`.
 
@@ -157,7 +173,7 @@ class Registry:
             methods = _methods(instance.value, "", offer.expose)
             if (function := methods.get(f".{name}")) is not None:
                 instance.turns = instance.turns or Turns(offer.concurrency)
-                return Entry(function, instance.turns, offer.allow, offer.idempotent)
+                return Entry(self.adapt(function), instance.turns, offer.allow, offer.idempotent)
         raise NotRegistered(
             f"no method {name[:200]!r} of a {kind.__qualname__} is exposed to worker {peer!r}",
             type_name=NotRegistered.__name__,
@@ -210,10 +226,12 @@ class Registry:
             )
         allowed = None if allow is None else frozenset(allow)
         for key, function in functions.items():
-            self._entries[key] = Entry(function, turns, allowed, idempotent)
+            adapted = function if internal else self.adapt(function)
+            self._entries[key] = Entry(adapted, turns, allowed, idempotent)
         if inspect.isclass(target):
             exposed = expose if isinstance(expose, str) else frozenset(expose)
             self._offers[target] = Offer(exposed, concurrency or 1, allowed, idempotent)
+            self._classes[name] = target
 
 
 def is_async(function: Callable[..., Any]) -> bool:

@@ -1,0 +1,257 @@
+"""What peers do with optimizers that live here: the other side of `zmq_autograd.optimizer`.
+
+An optimizer is kept as the value of an RRef, and dropped with its holder.  Whoever makes one holds
+RRefs to its parameters, so it reaches nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zmq_autograd.autograd.owned_optimizer import (
+    TORCH_OPTIMIZERS,
+    TORCH_PREFIX,
+    Group,
+    Outcome,
+    OwnedOptimizer,
+)
+from zmq_autograd.engine import Context
+from zmq_autograd.engine.steps import clip, gradients_of, step
+from zmq_autograd.errors import ConfigurationError, ProtocolError, ResourceExhausted
+from zmq_autograd.node.current import Call, current_call
+from zmq_autograd.node.states import Item, checked_items, in_pieces, size_of
+from zmq_autograd.session import error_response
+from zmq_autograd.wire.limits import MIB
+
+if TYPE_CHECKING:
+    from zmq_autograd.node.node import Node
+    from zmq_autograd.node.registry import Registry
+
+T = TypeVar("T")
+
+PREFIX: Final = "za.optimizer."
+
+MOST_STATE: Final = 8
+"""What a state that is loaded may take, in sizes of the parameters: Adam's takes two."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """Parameters of an optimizer that is to be made, as far as they have come."""
+
+    parameters: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Kept:
+    """An optimizer as its holder's RRef refers to it.
+
+    Attributes:
+        optimizer: it.
+        unread: the pieces of its state of one moment, until the last has been read.
+        coming: those of a state that is to be loaded, as far as they have come.
+    """
+
+    optimizer: OwnedOptimizer
+    unread: list[list[Item]] = dataclasses.field(default_factory=list)
+    coming: list[Item] = dataclasses.field(default_factory=list)
+
+
+def add_to(registry: Registry) -> None:
+    """Offer all of it."""
+    registry.register(partial(_create, registry), PREFIX + "create", internal=True)
+    for function in (_gather, _step, _norms, _clip, _read_state, _load_state, _zero_grad):
+        registry.register(function, PREFIX + function.__name__[1:], internal=True)
+
+
+def optimizer_class(name: str, registry: Registry, peer: str) -> type[Optimizer]:
+    """Return the class of that name: one of torch's, or one that is registered for `peer`.
+
+    Raises:
+        NotRegistered: there is none, or not for this peer.
+        ConfigurationError: it is no optimizer.
+    """
+    if name.startswith(TORCH_PREFIX):
+        kind: type | None = TORCH_OPTIMIZERS.get(name)
+    else:
+        kind = registry.find_class(name, peer)
+    if kind is None or not issubclass(kind, Optimizer):
+        raise ConfigurationError(f"{name[:200]!r} is no class of optimizers")
+    return kind
+
+
+# --- making one ----------------------------------------------------------------------------------
+
+
+async def _gather(rrefs: list[Any], gathered: Any = None) -> Any:
+    """Take in RRefs to more parameters; return an RRef to all of them."""
+    kept = Gathered() if gathered is None else _kept(gathered, Gathered)
+    kept.parameters.extend(rref.local_value() for rref in rrefs)
+    return _call().node.rrefs.keep(kept) if gathered is None else gathered
+
+
+async def _create(
+    registry: Registry,
+    name: str,
+    gathered: Any,
+    counts: list[int],
+    groups: list[Group],
+    args: list[Any],
+    kwargs: Group,
+) -> tuple[Any, Group, list[Group]]:
+    """Make an optimizer.
+
+    Args:
+        registry: of this worker.
+        name: of its class.
+        gathered: an RRef to its parameters.
+        counts: how many of them each group has.
+        groups: the hyperparameters that each group has of its own.
+        args: of the class, after the groups.
+        kwargs: likewise.
+
+    Returns:
+        An RRef to it, its defaults, and the hyperparameters of each group.
+    """
+    call = _call()
+    kind = optimizer_class(name, registry, call.peer.name)
+    rest = iter(_kept(gathered, Gathered).parameters)
+    whole = [
+        {**group, "params": [next(rest) for _ in range(count)]}
+        for group, count in zip(groups, counts, strict=True)
+    ]
+    node: Node = call.node
+    optimizer = await node.compute(lambda: OwnedOptimizer(kind, whole, args, kwargs))
+    return node.rrefs.keep(Kept(optimizer)), optimizer.defaults, optimizer.hyperparameters
+
+
+# --- using it ------------------------------------------------------------------------------------
+
+
+async def _step(
+    rref: Any, context_id: int, committed: int, groups: list[Group], seconds: float | None
+) -> tuple[str, dict[str, Any] | None, list[Group]]:
+    """Step; return the fields of an `Outcome`, its error as those of an `ErrorResponse`."""
+    node: Node = _call().node
+    optimizer = _kept(rref, Kept).optimizer
+    try:
+        context = await _context(context_id, committed)
+    except Exception as error:  # noqa: BLE001  # whatever it is, nothing has begun
+        outcome = Outcome("not applied", error)
+    else:
+        outcome = await step(optimizer, node.contexts, context, groups, seconds)
+    if outcome.error is None:
+        return outcome.status, None, outcome.changed
+    told = error_response(outcome.error, node.name, send_traceback=node.tracebacks)
+    return outcome.status, dataclasses.asdict(told), []
+
+
+async def _norms(
+    rref: Any, context_id: int, committed: int, norm_type: float
+) -> tuple[list[str | None], list[float | None]]:
+    """Return for each parameter its gradient's dtype and norm; None where there is none."""
+    optimizer = _kept(rref, Kept).optimizer
+    gradients = gradients_of(await _context(context_id, committed))
+    norms = await _call().node.compute(partial(optimizer.norms, gradients, norm_type))
+    dtypes = [str(gradients[p].dtype) if p in gradients else None for p in optimizer.parameters]
+    return dtypes, [None if norm is None else norm.item() for norm in norms]
+
+
+async def _clip(rref: Any, context_id: int, committed: int, coefficient: Tensor) -> None:
+    """Scale the gradients of the parameters in a context."""
+    optimizer = _kept(rref, Kept).optimizer
+    context = await _context(context_id, committed)
+    await clip(optimizer, _call().node.contexts, context, coefficient)
+
+
+async def _read_state(rref: Any, number: int) -> tuple[list[Item], bool]:
+    """Return a piece of the state, as it was when the first one was read, and if more follow."""
+    call, kept = _call(), _kept(rref, Kept)
+    if number == 0:
+        state = await call.node.compute(kept.optimizer.state)
+        kept.unread = in_pieces(state_items(state), call.peer.limits) or [[]]
+    piece, is_last = kept.unread[number], number == len(kept.unread) - 1
+    if is_last:
+        kept.unread = []
+    return piece, not is_last
+
+
+async def _load_state(
+    rref: Any, number: int, piece: list[Item], groups: list[Group] | None
+) -> None:
+    """Take in a piece of a state; load it with the last one, which comes with `groups`.
+
+    Raises:
+        ResourceExhausted: it is much larger than the parameters.
+    """
+    call, kept = _call(), _kept(rref, Kept)
+    coming = [*(kept.coming if number else ()), *checked_items(piece)]
+    own = sum(parameter.nbytes for parameter in kept.optimizer.parameters)
+    if size_of(coming) > MOST_STATE * own + MIB:
+        raise ResourceExhausted(
+            f"worker {call.node.name!r} takes in a state of {MOST_STATE} times the {own} bytes of "
+            "the parameters: this one is larger",
+            worker=call.node.name,
+        )
+    kept.coming = [] if groups is not None else coming
+    if groups is not None:
+        await call.node.compute(partial(kept.optimizer.load, state_from(coming), groups))
+
+
+async def _zero_grad(rref: Any, set_to_none: bool) -> None:
+    await _call().node.compute(partial(_kept(rref, Kept).optimizer.zero_grad, set_to_none))
+
+
+def state_items(state: Mapping[Any, Any]) -> list[Item]:
+    """Return an optimizer's state as items that travel, no larger than one tensor each."""
+    items: list[Item] = []
+    for key, value in state.items():
+        if isinstance(value, dict) and value:
+            items += [(False, f"{key}.{name}", (key, name, of)) for name, of in value.items()]
+        else:
+            items.append((False, str(key), (key, value)))
+    return items
+
+
+def state_from(items: list[Item]) -> dict[Any, Any]:
+    """Return the state that `items` hold."""
+    state: dict[Any, Any] = {}
+    for _, _, (key, *name, value) in items:
+        if name:
+            state.setdefault(key, {})[name[0]] = value
+        else:
+            state[key] = value
+    return state
+
+
+# --- what they are called with -------------------------------------------------------------------
+
+
+def _call() -> Call:
+    call = current_call.get()
+    if call is None:
+        raise RuntimeError("expected to be called by another worker")
+    return call
+
+
+def _kept(rref: Any, kind: type[T]) -> T:
+    value = getattr(rref, "local_value", lambda: None)()
+    if not isinstance(value, kind):
+        raise ProtocolError(f"expected an RRef to what is called {kind.__name__}")
+    return value
+
+
+async def _context(context_id: int, committed: int) -> Context | None:
+    """Return a context once it has the gradients of pass `committed`; None if it is not here."""
+    contexts = _call().node.contexts
+    context: Context | None = contexts.reached(context_id)
+    if context is not None:
+        context.passes.learn_committed(committed)
+        await context.passes.until_committed()
+    return context

@@ -1,0 +1,282 @@
+"""The optimizers that a `DistributedOptimizer` is made of, one for each owner of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zmq_autograd.autograd.owned_optimizer import (
+    TORCH_OPTIMIZERS,
+    Group,
+    Outcome,
+    OwnedOptimizer,
+    copied,
+)
+from zmq_autograd.engine import Context
+from zmq_autograd.engine.steps import clip, gradients_of, step
+from zmq_autograd.errors import (
+    DeadlineExceeded,
+    NotRegistered,
+    ProtocolError,
+    WorkerLost,
+    ZmqAutogradError,
+)
+from zmq_autograd.node import compute
+from zmq_autograd.node.optimizers import PREFIX, state_from, state_items
+from zmq_autograd.node.states import checked_items, in_pieces
+from zmq_autograd.remote import RemoteWorker
+from zmq_autograd.rref import RRef
+from zmq_autograd.session import exception_from
+from zmq_autograd.wire.messages import ErrorResponse
+from zmq_autograd.wire.tensors import DTYPES
+
+REPLY_SECONDS: Final = 2.0
+"""Seconds that an owner has to reply, beyond those that a step may wait for its turn."""
+
+RREFS_A_PAGE: Final = 200
+"""How many RRefs go into one message: a few hundred bytes of its header each."""
+
+Norm = tuple[torch.dtype, float] | None
+"""Of a gradient its dtype and norm; None where there is no gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What an optimizer is made of.
+
+    Attributes:
+        kind: its class.
+        groups: for each param group the hyperparameters that it has of its own.
+        args: of the class, after the groups.
+        kwargs: likewise.
+        timeout: seconds for each message to an owner, None for ever.
+    """
+
+    kind: type[Optimizer]
+    groups: list[Group]
+    args: tuple[Any, ...]
+    kwargs: Group
+    timeout: float | None
+
+    @property
+    def name(self) -> str:
+        """The class's name on the wire."""
+        for name, kind in TORCH_OPTIMIZERS.items():
+            if kind is self.kind:
+                return name
+        return self.kind.__name__
+
+
+class Part(Protocol):
+    """One optimizer of several.
+
+    Attributes:
+        numbers: for each of its parameters its number among all parameters.
+        defaults: the hyperparameters of a group that does not have its own.
+        hyperparameters: of each group, when it was made.
+    """
+
+    numbers: list[int]
+    defaults: Group
+    hyperparameters: list[Group]
+
+    def name_in(self, context: Context) -> str:
+        """Return the name of its worker; `context` is one of this side's worker."""
+
+    async def step(self, context: Context, groups: list[Group], seconds: float | None) -> Outcome:
+        """Step, and return what became of it; waits so long for its turn."""
+
+    async def norms(self, context: Context, norm_type: float, timeout: float | None) -> list[Norm]:
+        """Return the norm of each parameter's gradient."""
+
+    async def clip(self, context: Context, coefficient: Tensor, timeout: float | None) -> None:
+        """Multiply the gradients by a number."""
+
+    async def read_state(self, timeout: float | None) -> dict[Any, Any]:
+        """Return a copy of the state, by number of the parameter in this part."""
+
+    async def load_state(
+        self, state: Mapping[Any, Any], groups: list[Group], timeout: float | None
+    ) -> None:
+        """Load a state and the hyperparameters of each group."""
+
+    async def zero_grad(self, set_to_none: bool, timeout: float | None) -> None:
+        """Clear the parameters' ``.grad``."""
+
+
+class LocalPart:
+    """Parameters of this worker; see `Part`."""
+
+    def __init__(
+        self, recipe: Recipe, parameters: Sequence[Sequence[Tensor]], numbers: list[int]
+    ) -> None:
+        """Make the optimizer of `parameters`, those of each group."""
+        groups = [
+            {**group, "params": list(of_group)}
+            for group, of_group in zip(recipe.groups, parameters, strict=True)
+        ]
+        self.numbers = numbers
+        self._optimizer = OwnedOptimizer(recipe.kind, groups, recipe.args, recipe.kwargs)
+        self.defaults = self._optimizer.defaults
+        self.hyperparameters = self._optimizer.hyperparameters
+
+    def name_in(self, context: Context) -> str:
+        return context.table.host.name
+
+    async def step(self, context: Context, groups: list[Group], seconds: float | None) -> Outcome:
+        return await step(self._optimizer, context.table, context, groups, seconds)
+
+    async def norms(self, context: Context, norm_type: float, timeout: float | None) -> list[Norm]:
+        gradients = gradients_of(context)
+        norms = await compute(self._optimizer.norms, gradients, norm_type)
+        return [
+            None if norm is None else (gradients[parameter].dtype, norm.item())
+            for parameter, norm in zip(self._optimizer.parameters, norms, strict=True)
+        ]
+
+    async def clip(self, context: Context, coefficient: Tensor, timeout: float | None) -> None:
+        await clip(self._optimizer, context.table, context, coefficient)
+
+    async def read_state(self, timeout: float | None) -> dict[Any, Any]:
+        return await compute(self._optimizer.state)
+
+    async def load_state(
+        self, state: Mapping[Any, Any], groups: list[Group], timeout: float | None
+    ) -> None:
+        # Torch would go on with the very tensors.
+        await compute(self._optimizer.load, copied(dict(state)), groups)
+
+    async def zero_grad(self, set_to_none: bool, timeout: float | None) -> None:
+        await compute(self._optimizer.zero_grad, set_to_none)
+
+
+class RemotePart:
+    """Parameters of another worker; see `Part`."""
+
+    def __init__(
+        self, owner: RemoteWorker, rref: Any, numbers: list[int], made: tuple[Group, list[Group]]
+    ) -> None:
+        """Hold the optimizer that `rref` refers to; `create` makes one."""
+        self.numbers = numbers
+        self.defaults, self.hyperparameters = made
+        self._owner = owner
+        self._rref = rref
+
+    @classmethod
+    async def create(
+        cls,
+        owner: RemoteWorker,
+        recipe: Recipe,
+        parameters: Sequence[Sequence[RRef]],
+        numbers: list[int],
+    ) -> RemotePart:
+        """Have `owner` make an optimizer of `parameters`, those of each group.
+
+        Raises:
+            NotRegistered: its class is not registered there, or not for this worker.
+            RemoteError: a parameter is no tensor, or the class raised.
+            ZmqAutogradError: as for `RemoteWorker.call`.
+        """
+        rrefs = [rref for of_group in parameters for rref in of_group]
+        gathered = None
+        for first in range(0, len(rrefs), RREFS_A_PAGE):
+            page = rrefs[first : first + RREFS_A_PAGE]
+            gathered = await owner.call(PREFIX + "gather", page, gathered, timeout=recipe.timeout)
+        try:
+            rref, *made = await owner.call(
+                PREFIX + "create",
+                recipe.name,
+                gathered,
+                [len(of_group) for of_group in parameters],
+                recipe.groups,
+                list(recipe.args),
+                recipe.kwargs,
+                timeout=recipe.timeout,
+            )
+        except NotRegistered as error:
+            raise NotRegistered(
+                f"no optimizer is registered as {recipe.name!r} for this worker: "
+                f"`worker.register({recipe.name})` there",
+                type_name=error.type_name,
+                worker=error.worker or owner.name,
+                path=error.path,
+            ) from error
+        defaults, hyperparameters = made
+        return cls(owner, rref, numbers, (defaults, hyperparameters))
+
+    def name_in(self, context: Context) -> str:
+        return self._owner.name
+
+    async def step(self, context: Context, groups: list[Group], seconds: float | None) -> Outcome:
+        was_connected = self._owner.is_connected
+        timeout = None if seconds is None else seconds + REPLY_SECONDS
+        try:
+            reply = await self._ask_about(context, "step", timeout, groups, seconds)
+            return _outcome(reply, self._owner.name)
+        except (WorkerLost, DeadlineExceeded, ProtocolError) as error:
+            return Outcome("unknown" if was_connected else "not applied", error)
+        except ZmqAutogradError as error:  # refused there, or here before it was sent
+            return Outcome("not applied", error)
+
+    async def norms(self, context: Context, norm_type: float, timeout: float | None) -> list[Norm]:
+        dtypes, norms = await self._ask_about(context, "norms", timeout, norm_type)
+        return [
+            None if dtype is None else (DTYPES[dtype.removeprefix("torch.")], norm)
+            for dtype, norm in zip(dtypes, norms, strict=True)
+        ]
+
+    async def clip(self, context: Context, coefficient: Tensor, timeout: float | None) -> None:
+        await self._ask_about(context, "clip", timeout, coefficient)
+
+    async def read_state(self, timeout: float | None) -> dict[Any, Any]:
+        items, more = [], True
+        number = 0
+        while more:
+            piece, more = await self._ask("read_state", timeout, number)
+            items += checked_items(piece)
+            number += 1
+        return state_from(items)
+
+    async def load_state(
+        self, state: Mapping[Any, Any], groups: list[Group], timeout: float | None
+    ) -> None:
+        *pieces, last = in_pieces(state_items(state), self._owner.limits) or [[]]
+        for number, piece in enumerate(pieces):
+            await self._ask("load_state", timeout, number, piece, None)
+        await self._ask("load_state", timeout, len(pieces), last, groups)
+
+    async def zero_grad(self, set_to_none: bool, timeout: float | None) -> None:
+        await self._ask("zero_grad", timeout, set_to_none)
+
+    async def _ask_about(
+        self, context: Context, function: str, timeout: float | None, *args: Any
+    ) -> Any:
+        """Ask something about a context's gradients after its last pass."""
+        committed = context.passes.committed
+        reply = await self._ask(function, timeout, context.context_id, committed, *args)
+        context.passes.told_committed(self._owner, committed)
+        return reply
+
+    async def _ask(self, function: str, timeout: float | None, *args: Any) -> Any:
+        return await self._owner.call(PREFIX + function, self._rref, *args, timeout=timeout)
+
+
+def _outcome(reply: Any, owner: str) -> Outcome:
+    """Return what `owner` told of a step.
+
+    Raises:
+        ProtocolError: it is something else.
+    """
+    try:
+        status, error, changed = reply
+        if status not in ("applied", "not applied", "unknown"):
+            raise ValueError(f"unknown status {status!r}")
+        cause = None if error is None else exception_from(ErrorResponse(**error), owner)
+    except (TypeError, ValueError) as problem:
+        raise ProtocolError(f"step: expected an outcome ({problem})", worker=owner) from problem
+    return Outcome(status, cause, changed)
