@@ -97,9 +97,7 @@ class RRef(Held):
             NotRegistered: the value's class is not registered there, or exposes no such method.
             ZmqAutogradError: as for `RemoteWorker.call`.
         """
-        if self.is_owner:
-            return await self._node.call_method(self.rref_id, method, args, kwargs)
-        return await self._peer.call_method(self.rref_id, method, args, kwargs, timeout)
+        return await self._at_owner(method, args, kwargs, timeout)
 
     async def remote(
         self, method: str, /, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any
@@ -109,13 +107,7 @@ class RRef(Held):
         Raises:
             ZmqAutogradError: as for `call`.
         """
-        if self.is_owner:
-            result = await self._node.call_method(self.rref_id, method, args, kwargs)
-            return cast(RRef, self._node.rrefs.keep(result))
-        peer = self._peer
-        return cast(
-            RRef, await peer.call_method(self.rref_id, method, args, kwargs, timeout, keep=True)
-        )
+        return cast(RRef, await self._at_owner(method, args, kwargs, timeout, keep=True))
 
     def method(
         self, method: str, /, *, timeout: float | None = DEFAULT_TIMEOUT
@@ -128,9 +120,7 @@ class RRef(Held):
         """
 
         async def remote_method(*args: Any, **kwargs: Any) -> Any:
-            if self.is_owner:
-                return await self._node.call_method(self.rref_id, method, args, kwargs)
-            return await self._peer.call_method(self.rref_id, method, args, kwargs, timeout)
+            return await self._at_owner(method, args, kwargs, timeout)
 
         remote_method.__name__ = remote_method.__qualname__ = method
         return remote_method
@@ -158,6 +148,18 @@ class RRef(Held):
         reply = await self._peer.request(request, timeout=timeout)
         context.passes.learn_committed(cast(RRefBackwardResponse, reply).committed)
         await context.passes.until_committed()
+
+    async def _at_owner(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        *,
+        keep: bool = False,
+    ) -> Any:
+        owner = self._node if self.is_owner else self._peer
+        return await owner.call_method(self.rref_id, method, args, kwargs, timeout, keep=keep)
 
     @property
     def _peer(self) -> RemoteWorker:

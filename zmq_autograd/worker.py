@@ -353,7 +353,7 @@ class Worker:
         Raises:
             ConfigurationError: the worker is not running.
         """
-        return cast(RRef, self._running_node().rrefs.keep(value))
+        return cast(RRef, self._running_node().keep(value))
 
     def status(self) -> dict[str, Any]:
         """Return what the worker is doing, as plain values: what `zmq-autograd status` shows.
@@ -407,7 +407,7 @@ class Worker:
             WorkerLost: nobody answered there in time.
             DeadlineExceeded: somebody did, but did not shake hands in time.
             ProtocolError: it speaks another protocol, or another version of it.
-            ValueError: `timeout` is negative or not a number.
+            ConfigurationError: `timeout` is negative or not a number.
         """
         channel = await self._running_node().connect(endpoint, checked_timeout(timeout))
         return cast(RemoteWorker, channel.peer)

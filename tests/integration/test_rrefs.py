@@ -13,6 +13,7 @@ from torch import Tensor
 import zmq_autograd as za
 from tests.helpers import DEADLINE, Pair
 from tests.integration.fleets import Fleet, running, until
+from zmq_autograd.wire.objects import Reference
 
 NOTHING = {"owned": 0, "forks": 0, "held": 0, "pending": 0}
 
@@ -464,3 +465,68 @@ async def test_an_rref_that_is_never_fetched_costs_a_pass_nothing(pair: Pair) ->
         await ctx.backward(await pair.remote_bob.call("stage", x), timeout=DEADLINE)
         assert ctx.gradients() == {x: torch.tensor(2.0)}
         del unused
+
+
+# --- what the owner itself does -------------------------------------------------------------------
+
+
+async def test_the_owner_s_own_calls_have_a_deadline_and_need_no_leave() -> None:
+    class Slow:
+        async def wait(self) -> None:
+            await asyncio.Event().wait()
+
+        def raise_timeout(self) -> None:
+            raise TimeoutError("of its own")
+
+    async with za.Worker("bob") as bob:
+        bob.register(Slow, expose=("wait", "raise_timeout"), allow={"alice"})
+        rref = bob.rref(Slow())
+        with pytest.raises(za.DeadlineExceeded, match=r"'wait' on worker 'bob' .* within 0.01 s"):
+            await rref.call("wait", timeout=0.01)
+        with pytest.raises(TimeoutError, match="of its own"):
+            await rref.call("raise_timeout")
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+async def test_a_request_that_never_left_counts_nothing(pair: Pair) -> None:
+    release = asyncio.Event()
+    limits = za.Limits(requests=1)
+    async with za.Worker("carol", listen="memory://busy", limits=limits) as carol:
+
+        @carol.register
+        async def wait(*args: Any) -> None:
+            await release.wait()
+
+        remote_carol = await pair.alice.connect(carol.endpoints[0])
+        first = asyncio.create_task(remote_carol.call("wait"))
+        await until(lambda: carol.status()["sessions"][0]["requests_received"])
+        rref = pair.alice.rref(1)
+        with pytest.raises(za.DeadlineExceeded):
+            await remote_carol.call("wait", rref, timeout=0.05)
+        assert pair.alice.status()["rrefs"] == NOTHING | {"owned": 1, "forks": 1}
+        release.set()
+        await first
+
+
+async def test_references_to_nowhere_do_not_keep_others_from_their_owners() -> None:
+    """Thousands of owners that nobody answers for are dialled a few at a time."""
+    async with running("alice", "bob", "carol") as fleet:
+        offer_counter(fleet["bob"])
+        keeper = offer_keeper(fleet["carol"])
+        liar = await fleet.way("bob", "carol")
+        nowhere = [
+            Reference("nobody", f"{number:032x}", number, number, (f"memory://nowhere-{number}",))
+            for number in range(1, 3000)
+        ]
+        lying = asyncio.create_task(
+            liar.request(za.messages.ForwardRequest("keeper.keep", (nowhere,)))
+        )
+        rref = await (await fleet.way("alice", "bob")).remote("Counter")
+        carol = await fleet.way("alice", "carol")
+        assert await carol.call("keeper.add", rref, 1, timeout=DEADLINE / 4) == 1
+        lying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await lying
+        assert keeper.kept == []

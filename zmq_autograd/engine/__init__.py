@@ -14,7 +14,6 @@ from zmq_autograd.engine.context import (
 )
 from zmq_autograd.engine.contexts import Contexts
 from zmq_autograd.engine.host import Host, Peer, current_span
-from zmq_autograd.engine.places import Place
 
 __all__ = [
     "BACKWARD_TIMEOUT",
@@ -22,7 +21,6 @@ __all__ = [
     "Contexts",
     "Host",
     "Peer",
-    "Place",
     "Scope",
     "current_scope",
     "current_span",

@@ -6,8 +6,8 @@ contexts a worker has, `contexts`'.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -112,6 +112,10 @@ class Context:
         self.table = table
         self._host = host
         self.passes = Passes(self, host)
+        # Where this worker's own code, and the last pass, make messages.  There is one object of
+        # each: a second one would give the same ids once more.
+        self._own_place = Place(context_id) if parent is None else self._named_place("own")
+        self._pass_place = 0, self._own_place
 
     def __repr__(self) -> str:
         return f"<Context {self.context_id} on worker {self._host.name!r}>"
@@ -142,16 +146,32 @@ class Context:
         Args:
             served: the message that it serves, 0 for the program that opened the context.
         """
-        place = Place(self.context_id, served)
+        place = Place(self.context_id, served) if served else self._own_place
         current_scope.set(Scope(self, place))
         return place
 
     def enter_pass(self, pass_id: int) -> None:
         """Have what runs in this task from now on run for a pass of this context."""
-        # A hook's messages are made on this worker, unlike those of a call that is served.
-        name = f"{self._host.name} {pass_id}".encode()
-        served = int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
-        current_scope.set(Scope(self, Place(self.context_id, served), is_pass=True))
+        if self._pass_place[0] != pass_id:
+            self._pass_place = pass_id, self._named_place(f"pass {pass_id}")
+        current_scope.set(Scope(self, self._pass_place[1], is_pass=True))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have what this task runs in a block be in this context, whichever it is in outside."""
+        scope = current_scope.get()
+        is_in = scope is not None and scope.context is self
+        token = current_scope.set(scope if is_in else Scope(self, self._own_place))
+        try:
+            yield
+        finally:
+            current_scope.reset(token)
+
+    def _named_place(self, name: str) -> Place:
+        """Return a place that is none of a served call's, and no other worker's."""
+        digest = blake2b(f"{self._host.name} {name}".encode(), digest_size=8).digest()
+        # Mixed with the context's id, as those of messages are.
+        return Place(self.context_id, int.from_bytes(digest, "little") ^ self.context_id)
 
     async def backward(
         self,

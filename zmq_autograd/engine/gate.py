@@ -8,7 +8,7 @@ wait for each other in a ring.  Owns which calls run in which context, and which
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -120,7 +120,7 @@ class Gate:
     def keeps(self, context: Context, results: Iterable[Tensor]) -> None:
         """Take in that what a call in `context` has computed is kept here, for a later pass."""
         edges = [edge_of(tensor) for tensor in results if tensor.grad_fn is not None]
-        context.record.kept |= _leaves(edges)
+        context.record.kept.update(_leaves(edges))
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Gate:
         self._running = {running for running in self._running if running.context is not context}
         for send in context.record.sends.values():
             send.leaves = frozenset()
-        context.record.kept = frozenset()
+        context.record.kept.clear()
         self.changed()
 
     @asynccontextmanager
@@ -213,7 +213,7 @@ class Gate:
         )
 
 
-def _read_by(context: Context) -> Iterator[frozenset[Tensor]]:
+def _read_by(context: Context) -> Iterator[Set[Tensor]]:
     """Yield the leaves that the parts of its graph lead to."""
     yield context.record.kept
     for send in context.record.roots():

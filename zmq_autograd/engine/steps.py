@@ -67,11 +67,19 @@ def gradients_of(context: Context | None) -> dict[Tensor, Tensor]:
 async def clip(
     optimizer: OwnedOptimizer, contexts: Contexts, context: Context | None, coefficient: Tensor
 ) -> None:
-    """Multiply the context's gradients of the optimizer's parameters, out of place."""
+    """Multiply the context's gradients of the optimizer's parameters, out of place.
+
+    Raises:
+        ContextError: the context has ended, or a pass has added to these gradients meanwhile.
+    """
     if context is None:
         return
-    scaled = partial(optimizer.scaled, context.gradients(), coefficient)
-    context.record.gradients |= await contexts.host.compute(scaled)
+    before = context.gradients()
+    scaled = await contexts.host.compute(partial(optimizer.scaled, before, coefficient))
+    now = context.gradients()
+    if any(now[parameter] is not before[parameter] for parameter in scaled):
+        raise context.error("a backward pass was completed while its gradients were clipped")
+    context.record.gradients = now | scaled
 
 
 async def _finished(contexts: Contexts, compute: Callable[[], T]) -> T:

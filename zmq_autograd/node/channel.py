@@ -187,6 +187,7 @@ class Channel:
         if timeout is not None and timeout <= 0:
             name = self._session.peer_name
             raise DeadlineExceeded(f"no time was left to ask worker {name!r}", workers=(name,))
+        until = None if timeout is None else self._loop.time() + timeout
         metadata = getattr(message, "metadata", None)
         message_ids = (metadata.message_id,) if isinstance(metadata, AutogradMetadata) else ()
         envelope = self._session.request(type(message), timeout, message_ids)
@@ -218,9 +219,10 @@ class Channel:
         finally:
             del self._replies[request_id]
             self._limited.discard(request_id)
-            self._held.pop(request_id, None)
+            if self._held.pop(request_id, None) is not None:  # it never left
+                self._owner.rrefs.taken_back(given)
             self._send_held()
-        await self._owner.rrefs.until_claimed(answer)
+        await self._owner.rrefs.until_claimed(answer, until)
         return answer
 
     def _send_held(self) -> None:

@@ -78,10 +78,17 @@ class Codecs:
         return replaced(value, Coded, self._unpacked) if contains(value, Coded) else value
 
     def _packed(self, value: Any) -> Any:
-        codec = next(self._by_type[kind] for kind in type(value).__mro__ if kind in self._by_type)
+        codec = self._codec_of(value)
         packed = codec.pack(value)
         # What it makes may hold further objects.
         return value if packed is value else Coded(codec.name, self.pack(packed))
+
+    def _codec_of(self, value: Any) -> Codec:
+        for kind in type(value).__mro__:
+            if kind in self._by_type:
+                return self._by_type[kind]
+        # An abstract class may have instances that do not inherit from it.
+        return next(codec for kind, codec in self._by_type.items() if isinstance(value, kind))
 
     def _unpacked(self, coded: Coded) -> Any:
         codec = self._by_name.get(coded.codec)

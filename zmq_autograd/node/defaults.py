@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zmq_autograd.engine import Context, Contexts, keeps, reading
+from zmq_autograd.engine import Context, Contexts, reading
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.errors import ContextError, NotRegistered
 from zmq_autograd.node import optimizers
@@ -155,8 +155,7 @@ async def _result(request: ForwardRequest, entry: Entry, node: Node) -> Any:
     result = await entry.call(args, kwargs, node.pool)
     if not request.keep:
         return node.codecs.pack(result)
-    keeps(tensors_in(result))
-    return node.rrefs.keep(result)
+    return node.keep(result)
 
 
 async def _graph(context_id: int, committed: int, seconds: float, is_parent: bool) -> list[Any]:

@@ -9,22 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from zmq_autograd.engine import Contexts
+from zmq_autograd.engine import Contexts, keeps
 from zmq_autograd.errors import ConfigurationError, DeadlineExceeded, WorkerLost
 from zmq_autograd.node import defaults
 from zmq_autograd.node.channel import Channel
 from zmq_autograd.node.codecs import Codecs
 from zmq_autograd.node.compute import ComputePool
+from zmq_autograd.node.current import shortened
 from zmq_autograd.node.dispatcher import Dispatcher
 from zmq_autograd.node.registry import Registry
 from zmq_autograd.node.rrefs import Fork, Held, RRefs
 from zmq_autograd.node.torch_profiles import carry
-from zmq_autograd.session import HandleRequest, Identity, error_response
+from zmq_autograd.session import HandleRequest, Identity, checked_timeout, error_response
 from zmq_autograd.transport import Link, Listener, Transports
 from zmq_autograd.wire.messages import Message, Modes
+from zmq_autograd.wire.values import tensors_in
 
 T = TypeVar("T")
 
@@ -34,6 +38,14 @@ CANCEL_SECONDS: Final = 1.0
 """Seconds that handlers have to end once they are cancelled."""
 
 JOIN_POLL_SECONDS: Final = 0.002
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """Whose turn it is to dial an endpoint, and how many want to."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
 
 
 class Node:
@@ -80,7 +92,7 @@ class Node:
         # By endpoint: the open channel, and whose turn it is to dial; one at a time, so that
         # callers at once share one channel and each keeps its own patience.
         self._dialled: dict[str, Channel] = {}
-        self._dialling: dict[str, asyncio.Lock] = {}
+        self._dialling: dict[str, Turn] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._spawned: set[asyncio.Task[Any]] = set()
         self._context = contextvars.copy_context()
@@ -135,22 +147,35 @@ class Node:
             raise ConfigurationError(f"worker {self.me.name!r} is not running")
         loop = asyncio.get_running_loop()
         started = loop.time()
-        turn = self._dialling.setdefault(endpoint, asyncio.Lock())
-        try:
-            async with asyncio.timeout(timeout):
-                await turn.acquire()
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"worker at {endpoint} did not answer within {timeout:g} s", workers=(endpoint,)
-            ) from None
-        try:
+        async with self._turn_to_dial(endpoint, timeout):
             channel = self._dialled.get(endpoint)
             if channel is None or not channel.is_open:
                 left = None if timeout is None else max(0.0, timeout + started - loop.time())
                 channel = self._dialled[endpoint] = await self._dial(endpoint, left)
             return channel
+
+    @asynccontextmanager
+    async def _turn_to_dial(self, endpoint: str, timeout: float | None) -> AsyncIterator[None]:
+        """Have nobody else dial `endpoint` during the block."""
+        turn = self._dialling.setdefault(endpoint, Turn())
+        turn.users += 1
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    await turn.lock.acquire()
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"worker at {endpoint} did not answer within {timeout:g} s",
+                    workers=(endpoint,),
+                ) from None
+            try:
+                yield
+            finally:
+                turn.lock.release()
         finally:
-            turn.release()
+            turn.users -= 1
+            if not turn.users:
+                del self._dialling[endpoint]
 
     async def close(self, drain: float) -> None:
         """Take no more requests, let those under way finish, and close everything.
@@ -224,17 +249,43 @@ class Node:
         """Return a message as its handlers or its caller see it, with RRefs for references."""
         return message if channel.peer is None else self.rrefs.take(message, channel.peer)
 
+    def keep(self, value: Any) -> Held:
+        """Keep `value` as long as anybody holds what is returned; from any thread.
+
+        In a context, what it was computed from counts as read until that is done with it.
+        """
+        keeps(tensors_in(value))
+        return self.rrefs.keep(value)
+
     async def call_method(
-        self, rref_id: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        rref_id: int,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        *,
+        keep: bool = False,
     ) -> Any:
         """Call a method of a value that lives here, as its holders elsewhere do.
 
         Raises:
             NotRegistered: its class is not registered, or exposes no such method.
+            DeadlineExceeded: it did not return in time.
         """
         owned = self.rrefs.owned(rref_id)
-        entry = self._registry.method(owned, method, self.name)
-        return await entry.call(args, kwargs, self.pool)
+        entry = self._registry.method(owned, method, None)
+        try:
+            async with asyncio.timeout(shortened(checked_timeout(timeout))) as until:
+                result = await entry.call(args, kwargs, self.pool)
+        except TimeoutError:
+            if not until.expired():  # it is what the method raised
+                raise
+            raise DeadlineExceeded(
+                f"method {method!r} on worker {self.name!r} did not return within {timeout} s",
+                workers=(self.name,),
+            ) from None
+        return self.keep(result) if keep else result
 
     # --- requests --------------------------------------------------------------------------------
 

@@ -43,6 +43,10 @@ class Entry:
     allow: frozenset[str] | None = None
     idempotent: bool = False
 
+    def is_for(self, peer: str) -> bool:
+        """Tell whether the worker of that name may call it."""
+        return self.allow is None or peer in self.allow
+
     async def call(self, args: Iterable[Any], kwargs: dict[str, Any], pool: ComputePool) -> Any:
         """Run it: a coroutine function on the loop, any other in a compute thread.
 
@@ -118,11 +122,13 @@ class Instance(Protocol):
 
     Attributes:
         value: it.
-        turns: lets its methods run in turn; None before the first is called.
+        turns: lets its methods run in turn; None before one is asked for.
+        methods: those that its class offers, by name; None likewise.
     """
 
     value: Any
     turns: Turns | None
+    methods: dict[str, Entry] | None
 
 
 class Registry:
@@ -144,7 +150,7 @@ class Registry:
             NotRegistered: nothing of that name, or not for this peer.
         """
         entry = self._entries.get(name)
-        if entry is None or (entry.allow is not None and peer not in entry.allow):
+        if entry is None or not entry.is_for(peer):
             raise NotRegistered(
                 f"nothing is registered as {name[:200]!r} for worker {peer!r}",
                 type_name=NotRegistered.__name__,
@@ -161,24 +167,39 @@ class Registry:
         self.find(name, peer)
         return self._classes.get(name)
 
-    def method(self, instance: Instance, name: str, peer: str) -> Entry:
-        """Return the method of a kept value that `peer` may call by `name`.
+    def method(self, instance: Instance, name: str, peer: str | None) -> Entry:
+        """Return the method of a kept value that may be called by `name`.
+
+        Args:
+            instance: the value.
+            name: of the method.
+            peer: who calls, None for this worker itself.
 
         Raises:
             NotRegistered: its class is not registered, offers nothing of that name, or not to it.
         """
         kind = type(instance.value)
-        offer = next((self._offers[k] for k in kind.__mro__ if k in self._offers), None)
-        if offer is not None and (offer.allow is None or peer in offer.allow):
-            methods = _methods(instance.value, "", offer.expose)
-            if (function := methods.get(f".{name}")) is not None:
-                instance.turns = instance.turns or Turns(offer.concurrency)
-                return Entry(self.adapt(function), instance.turns, offer.allow, offer.idempotent)
+        if instance.methods is None:
+            offer = next((self._offers[k] for k in kind.__mro__ if k in self._offers), None)
+            if offer is not None:
+                self._offer(instance, offer)
+        entry = None if instance.methods is None else instance.methods.get(name)
+        if entry is not None and (peer is None or entry.is_for(peer)):
+            return entry
         raise NotRegistered(
-            f"no method {name[:200]!r} of a {kind.__qualname__} is exposed to worker {peer!r}",
+            f"no method {name[:200]!r} of a {kind.__qualname__} is exposed to worker "
+            f"{peer or self.worker!r}",
             type_name=NotRegistered.__name__,
             worker=self.worker,
         )
+
+    def _offer(self, instance: Instance, offer: Offer) -> None:
+        # Once: what a module keeps for its peers is bounded for all of its methods together.
+        instance.turns = turns = Turns(offer.concurrency)
+        instance.methods = {
+            key.removeprefix("."): Entry(self.adapt(method), turns, offer.allow, offer.idempotent)
+            for key, method in _methods(instance.value, "", offer.expose).items()
+        }
 
     def register(
         self,

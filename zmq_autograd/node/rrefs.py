@@ -13,11 +13,18 @@ import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from zmq_autograd import ids
-from zmq_autograd.errors import NotRegistered, ProtocolError, WorkerLost, ZmqAutogradError
-from zmq_autograd.node.registry import Turns
+from zmq_autograd.errors import (
+    DeadlineExceeded,
+    NotRegistered,
+    ProtocolError,
+    WorkerLost,
+    ZmqAutogradError,
+)
+from zmq_autograd.node.registry import Entry, Turns
 from zmq_autograd.wire.messages import (
     ForwardRequest,
     ForwardResponse,
@@ -42,6 +49,9 @@ M = TypeVar("M", bound=Message)
 
 CLAIM_SECONDS: Final = 10.0
 """Seconds to reach the owner of an RRef that was passed on, and have it count the new holder."""
+
+CLAIMS_AT_ONCE: Final = 4
+"""How many owners are dialled at once for the RRefs that come from one worker."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +83,10 @@ class Held:
     def __init__(self, fork: Fork) -> None:
         self.fork = fork
 
+    def __reduce__(self) -> NoReturn:
+        # A copy would share the fork, and lose it with the object that it was made of.
+        raise TypeError("an RRef cannot be copied or pickled: pass it on in a call")
+
 
 @dataclass(slots=True, eq=False)
 class Owned:
@@ -80,12 +94,14 @@ class Owned:
 
     Attributes:
         value: it.
-        turns: lets its methods run in turn; None before the first is called.
+        turns: lets its methods run in turn; None before one is asked for.
+        methods: those that its class offers, by name; None likewise.
         forks: who holds it, by fork id: the peer, None for this worker itself.
     """
 
     value: Any
     turns: Turns | None = None
+    methods: dict[str, Entry] | None = None
     forks: dict[int, Any] = field(default_factory=dict)
 
     def turn(self) -> AbstractAsyncContextManager[None]:
@@ -115,6 +131,8 @@ class RRefs:
         # Forks that were sent, until the new holder tells that they are counted: what they were
         # made of, and the new holder.
         self._pending: dict[int, tuple[Held, Any]] = {}
+        # By parent, so that none can have this worker dial without bounds, or keep it from others.
+        self._reaching: WeakKeyDictionary[Any, asyncio.Semaphore] = WeakKeyDictionary()
         # The tasks that have owners count forks, until somebody awaits them.  Not with the forks:
         # what a task raises leads to whoever awaited it, and so to what holds the fork.
         self._claims: dict[int, asyncio.Task[None]] = {}
@@ -204,7 +222,7 @@ class RRefs:
 
     def _tell_deleted(self, fork: Fork) -> None:
         if fork.peer is not None and fork.peer.is_connected:
-            self._spawn(fork.peer.request(RRefDeleteRequest(fork.rref_id, fork.fork_id)))
+            self._tell(fork.peer, RRefDeleteRequest(fork.rref_id, fork.fork_id))
 
     # --- passing on ------------------------------------------------------------------------------
 
@@ -253,9 +271,11 @@ class RRefs:
         fork = Fork(reference.rref_id, reference.fork_id, reference)
         if self.is_mine(reference):
             try:
-                self.owned(fork.rref_id, peer)
+                owned = self.owned(fork.rref_id, peer)
             except NotRegistered as error:
                 raise ProtocolError(f"an RRef came back: {error.message}") from error
+            if not _is_same(owned.forks.get(fork.fork_id, peer), peer):
+                raise ProtocolError(f"an RRef came back: fork {fork.fork_id} of it is another's")
             self._tell_accepted(fork, peer)
         elif reference.incarnation == peer.incarnation:
             fork.peer = peer  # the owner counts what it sends
@@ -264,27 +284,42 @@ class RRefs:
             self._claims[fork.fork_id] = self._node.spawn(self._claim(fork, peer))
         return self._hold(fork)
 
-    async def until_claimed(self, message: Message) -> None:
+    async def until_claimed(self, message: Message, until: float | None = None) -> None:
         """Wait until the owners count all RRefs in `message`, which was taken.
 
+        Args:
+            message: the message.
+            until: when to give up, by the event loop's clock; None for never.
+
         Raises:
+            DeadlineExceeded: an owner has not answered by then.
             ZmqAutogradError: one cannot be reached, or knows nothing of it.
         """
-        claims: list[asyncio.Task[None] | None] = []
+        claims: list[tuple[str, asyncio.Task[None]]] = []
 
         def look(held: Held) -> Held:
-            claims.append(self._claims.pop(held.fork.fork_id, None))
+            claim = self._claims.pop(held.fork.fork_id, None)
+            if claim is not None:
+                claims.append((held.fork.reference.owner, claim))
             return held
 
         _with_values(message, Held, look)
-        for claim in claims:
-            if claim is not None:
-                await asyncio.shield(claim)
+        for owner, claim in claims:
+            try:
+                async with asyncio.timeout_at(until):
+                    await asyncio.shield(claim)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"worker {owner!r}, who owns an RRef that was passed on, did not count its new "
+                    "holder in time",
+                    workers=(owner,),
+                ) from None
 
     async def _claim(self, fork: Fork, parent: Any) -> None:
         try:
             async with asyncio.timeout(CLAIM_SECONDS):
-                fork.peer = await self._reach(fork.reference)
+                async with self._reaching.setdefault(parent, asyncio.Semaphore(CLAIMS_AT_ONCE)):
+                    fork.peer = await self._reach(fork.reference)
                 await fork.peer.request(RRefForkRequest(fork.rref_id, fork.fork_id))
         except TimeoutError:
             raise _unreachable(fork.reference, "it did not answer in time") from None
@@ -313,13 +348,13 @@ class RRefs:
 
     def _tell_accepted(self, fork: Fork, parent: Any) -> None:
         if parent.is_connected:
-            self._spawn(parent.request(RRefAcceptRequest(fork.rref_id, fork.fork_id)))
+            self._tell(parent, RRefAcceptRequest(fork.rref_id, fork.fork_id))
 
-    def _spawn(self, request: Awaitable[Reply]) -> None:
-        async def ask() -> None:
-            await request
+    def _tell(self, peer: Any, message: Request) -> None:
+        async def tell() -> None:
+            await peer.request(message)
 
-        self._node.spawn(ask())
+        self._node.spawn(tell())
 
     # --- messages --------------------------------------------------------------------------------
 

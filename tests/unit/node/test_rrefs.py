@@ -286,7 +286,11 @@ async def check_nothing_left(network: Network) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.just(("make", 0, 0, 0)), min_size=1, max_size=2), ACTIONS, st.randoms())
+@given(
+    st.lists(st.just(("make", 0, 0, 0)), min_size=1, max_size=2),
+    ACTIONS,
+    st.integers(0, 2**32).map(random.Random),
+)
 def test_nobody_holds_what_is_gone_and_nothing_is_left(
     first: list[tuple[str, int, int, int]],
     actions: list[tuple[str, int, int, int]],
@@ -303,7 +307,7 @@ def test_nobody_holds_what_is_gone_and_nothing_is_left(
 
 
 @settings(max_examples=150, deadline=None)
-@given(ACTIONS, LOSSES, ACTIONS, st.randoms())
+@given(ACTIONS, LOSSES, ACTIONS, st.integers(0, 2**32).map(random.Random))
 def test_a_lost_worker_takes_along_what_it_held_and_no_more(
     before: list[tuple[str, int, int, int]],
     loss: tuple[str, int, int, int],
