@@ -1,0 +1,81 @@
+"""Who takes part in a group that workers come to and leave, as each of them learns it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+from tests.helpers import DEADLINE
+from zmq_autograd.compat.rpc.gathering import Gatherings
+from zmq_autograd.compat.rpc.joining import Group
+from zmq_autograd.compat.rpc.worker_info import WorkerInfo
+
+ALICE, BOB, CAROL = WorkerInfo("alice", 0), WorkerInfo("bob", 1), WorkerInfo("carol", 2)
+
+
+class Together:
+    """A store that answers `get` once two have asked, or a moment later."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._both = threading.Barrier(2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get(self, key: str) -> bytes:
+        try:
+            self._both.wait(0.1)
+        except threading.BrokenBarrierError:
+            pass
+        found: bytes = self._store.get(key)
+        return found
+
+
+def test_several_threads_may_ask_for_a_worker_that_has_just_come() -> None:
+    store = HashStore()
+    group = Group(Together(store), None)
+    group.join(ALICE, "tcp://127.0.0.1:1")
+    Group(store, None).join(BOB, "tcp://127.0.0.1:2")
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(group.find, ["bob", "bob"], timeout=DEADLINE))
+    assert found == [BOB, BOB]
+
+
+class Outrun:
+    """A store where another worker of the same name comes just before this one."""
+
+    def __init__(self, store: Any, other: WorkerInfo) -> None:
+        self._store = store
+        self._other: WorkerInfo | None = other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def add(self, key: str, amount: int) -> int:
+        if amount and self._other is not None:
+            other, self._other = self._other, None
+            Group(self._store, None).join(other, "tcp://127.0.0.1:2")
+        found: int = self._store.add(key, amount)
+        return found
+
+
+def test_who_did_not_get_in_keeps_nobody_from_learning_who_did() -> None:
+    store = HashStore()
+    group = Group(store, None)
+    group.join(ALICE, "tcp://127.0.0.1:1")
+    with pytest.raises(RuntimeError, match="bob is not unique"):
+        Group(Outrun(store, BOB), None).join(WorkerInfo("bob", 5), "tcp://127.0.0.1:3")
+    Group(store, None).join(CAROL, "tcp://127.0.0.1:4")
+    assert group.infos() == [ALICE, BOB, CAROL]
+
+
+def test_gatherings_of_other_workers_have_other_ids() -> None:
+    gatherings = Gatherings()
+    first = {gatherings.next_id(["a", "b"]) for _ in range(20)}
+    second = {gatherings.next_id(["a", "b1"]) for _ in range(20)}
+    assert len(first | second) == 40

@@ -1,0 +1,426 @@
+"""The agent: one worker of this package, as a program on torch's RPC takes part by it.
+
+Owns the calls of both directions.  Everything that others may ask of it goes through one registered
+function, to which the caller tells a function's name and the arguments; what that may be is
+`names`', what may travel `values`'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+from collections.abc import Awaitable, Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
+
+import torch
+from torch.futures import Future
+
+from zmq_autograd import rref as za
+from zmq_autograd.compat.rpc import constants, replies, state
+from zmq_autograd.compat.rpc.errors import CannotTravel, timed_out
+from zmq_autograd.compat.rpc.functions import value_of
+from zmq_autograd.compat.rpc.profiling import profiled
+from zmq_autograd.compat.rpc.rref import PyRRef, RRef
+from zmq_autograd.compat.rpc.values import Packed
+from zmq_autograd.compat.rpc.worker_info import WorkerInfo
+from zmq_autograd.errors import (
+    DeadlineExceeded,
+    SerializationError,
+    WorkerLost,
+    ZmqAutogradError,
+)
+from zmq_autograd.node.compute import ComputePool, compute
+
+if TYPE_CHECKING:
+    from zmq_autograd.blocking.portal import Portal
+    from zmq_autograd.compat.rpc.joining import Group
+    from zmq_autograd.compat.rpc.options import TensorPipeRpcBackendOptions
+    from zmq_autograd.engine import Contexts
+    from zmq_autograd.remote import RemoteWorker
+    from zmq_autograd.worker import Worker
+
+CONNECT_SECONDS: Final = 10.0
+"""Seconds to reach a worker for the first time."""
+
+RECONNECT_SECONDS: Final = 1.0
+"""Seconds to reach one again that was lost: it listens where it did, or is no more."""
+
+_ENTRY: Final = "rpc.call"
+
+CALLBACK_SECONDS: Final = 5.0
+"""Seconds that callbacks of futures have to end when this worker leaves."""
+
+
+class Agent:
+    """See the module.
+
+    Attributes:
+        me: who this worker is.
+        worker: the worker itself.
+        portal: the way to its event loop.
+        group: who takes part.
+        rpc_timeout: seconds that a call may take by default; 0 for no limit.
+        offered: classes of optimizers that may be made here, beside torch's own.
+    """
+
+    def __init__(
+        self,
+        me: WorkerInfo,
+        worker: Worker,
+        portal: Portal,
+        group: Group,
+        options: TensorPipeRpcBackendOptions,
+    ) -> None:
+        """Make the agent of a worker that runs on `portal`'s event loop."""
+        self.me = me
+        self.worker = worker
+        self.portal = portal
+        self.group = group
+        self.rpc_timeout = options.rpc_timeout
+        self.offered: set[type] = set()
+        self._options = options
+        self._peers: dict[str, RemoteWorker] = {}
+        self._local_ids = itertools.count()
+        self._rrefs: WeakSet[PyRRef[Any]] = WeakSet()
+        self._active = 0  # calls made that have not ended, but for those that control the group
+        self._started = 0
+        self._serving = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._joined = asyncio.Event()
+        self._waits = replies.Waits()
+        # Where futures are completed, and so where the callbacks of programs run: these may block.
+        self._callbacks = ComputePool(f"{me.name}-callbacks")
+        self._settling: set[asyncio.Task[Any]] = set()
+        worker.register(self._serve, _ENTRY)
+
+    # --- who takes part --------------------------------------------------------------------------
+
+    @functools.cached_property
+    def contexts(self) -> Contexts:
+        """The contexts that have reached this worker."""
+        return self.worker.context().table
+
+    def joined(self) -> None:
+        """Serve others from now on, even those that came before: everybody is known."""
+        self.portal.call(self._joined.set)
+
+    @property
+    def is_static_group(self) -> bool:
+        """Whether the group was complete from the start."""
+        return self.group.is_static
+
+    def get_worker_info(self, who: str | int | None = None) -> WorkerInfo:
+        """Return a worker by its name or id; this one by default.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        return self.me if who is None else self.group.find(who)
+
+    def get_worker_infos(self) -> list[WorkerInfo]:
+        """Return all workers."""
+        return self.group.infos()
+
+    def _get_device_map(self, to: WorkerInfo) -> dict[torch.device, torch.device]:
+        return {}  # `join` refuses options with others
+
+    def get_debug_info(self) -> dict[str, str]:
+        """Return what it is doing, as torch's agent tells it."""
+        return {
+            "agent.num_pending_requests": str(self._active),
+            "agent.thread_pool_size": str(self._options.num_worker_threads),
+            "agent.client_active_calls": str(self._active),
+            "agent.server_active_calls": str(self._serving),
+            **self._waits.info(),
+        }
+
+    def enable_gil_profiling(self, flag: bool) -> None:
+        """Measure, or no longer, how long requests wait for a thread to run them."""
+        self._waits.is_measuring = flag
+
+    # --- RRefs -----------------------------------------------------------------------------------
+
+    def next_local_id(self) -> int:
+        """Return a number for an RRef or a reference to one."""
+        return next(self._local_ids)
+
+    def hold(self, rref: PyRRef[Any]) -> None:
+        """Remember what this worker holds of others."""
+        if not rref.is_owner():
+            self._rrefs.add(rref)
+
+    def delete_rrefs(self) -> None:
+        """Let go of what this worker holds of others."""
+        for rref in list(self._rrefs):
+            rref._delete()
+        self._rrefs.clear()
+
+    def held_rrefs(self) -> int:
+        """Return how many RRefs this worker holds of others."""
+        return len(self._rrefs)
+
+    # --- calling ---------------------------------------------------------------------------------
+
+    def seconds(self, timeout: float) -> float | None:
+        """Return a timeout in seconds, None for no limit."""
+        if timeout == constants.UNSET_RPC_TIMEOUT:
+            timeout = self.rpc_timeout
+        return constants.seconds_of(timeout)
+
+    def call(
+        self,
+        to: WorkerInfo,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float,
+        *,
+        is_control: bool = False,
+    ) -> Any:
+        """Call a function on another worker, or on this one, and wait for its result.
+
+        Raises:
+            CannotTravel: the function or an argument cannot; nothing was sent.
+            RpcTimeout: it took too long.
+            RuntimeError: the worker is lost, or does not offer the function.
+            Exception: what the function raised, by its type where that is known here.
+        """
+        name, packed = self._packed(function, args, kwargs)
+        seconds = self.seconds(timeout)
+        with profiled("sync", function, self.me, to):
+            return self.portal.run(self._call, to, name, packed, seconds, is_control=is_control)
+
+    def call_async(
+        self,
+        to: WorkerInfo,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float,
+        *,
+        is_control: bool = False,
+    ) -> Future[Any]:
+        """Call a function as `call` does, and return the future of its result."""
+        name, packed = self._packed(function, args, kwargs)
+        seconds = self.seconds(timeout)
+        self._meet(to)
+        with profiled("async", function, self.me, to):
+            return self.future_of(self._call, to, name, packed, seconds, is_control=is_control)
+
+    def call_remote(
+        self,
+        to: WorkerInfo,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float,
+    ) -> RRef[Any]:
+        """Call a function as `call` does, keep the result there, and return the RRef at once."""
+        name, packed = self._packed(function, args, kwargs)
+        self._meet(to)
+        # Whoever asks for the value waits no longer than `timeout`; the call itself is not ended,
+        # so that the value stays as long as the RRef does.
+        with profiled("remote", function, self.me, to):
+            made: concurrent.futures.Future[za.RRef] = self.portal.start(
+                self._call, to, name, packed, None, keep=True
+            )
+        seconds = self.seconds(timeout)
+        held = made if seconds is None else self.portal.start(_within, made, seconds)
+        return RRef._made(self, to, held, made)  # type: ignore[return-value]
+
+    async def exchange(
+        self,
+        to: WorkerInfo,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float,
+    ) -> Any:
+        """Call a function as `call` does, on the event loop."""
+        name, packed = self._packed(function, args, kwargs)
+        return await self._call(to, name, packed, self.seconds(timeout))
+
+    def future_of(
+        self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
+    ) -> Future[Any]:
+        """Call a coroutine function on the event loop and return the future of its result."""
+        future: Future[Any] = Future()
+        self.portal.start(self._settle, future, functools.partial(function, *args, **kwargs))
+        return future
+
+    async def _settle(self, future: Future[Any], function: Callable[[], Awaitable[Any]]) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+        finish: Callable[[], None]
+        try:
+            finish = functools.partial(future.set_result, await function())
+        except asyncio.CancelledError:  # the event loop ends: nobody would hear of it otherwise
+            ended = RuntimeError("the call was given up: this process takes part no longer")
+            self._callbacks.start(functools.partial(future.set_exception, ended))
+            raise
+        except Exception as error:  # noqa: BLE001  # who waits for the future gets it
+            finish = functools.partial(future.set_exception, error)
+        await self._callbacks.run(finish)
+
+    def _packed(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Packed]:
+        target: Any = function
+        if isinstance(target, MethodType) and not isinstance(target.__self__, type):
+            target, args = target.__func__, (target.__self__, *args)
+        return state.names.name_of(target), state.values.pack((tuple(args), dict(kwargs)))
+
+    def _meet(self, to: WorkerInfo) -> None:
+        """Connect to `to`, so that a call to it has read its tensors when it first suspends."""
+        if to.name not in self._peers:
+            with contextlib.suppress(RuntimeError, ZmqAutogradError):  # the call tells
+                self.portal.run(self.reach, to)
+
+    async def reach(self, to: WorkerInfo) -> RemoteWorker:
+        """Return the worker `to`, connecting if need be.
+
+        Raises:
+            ZmqAutogradError: it cannot be reached.
+            RuntimeError: it has left.
+        """
+        peer = self._peers.get(to.name)
+        if peer is None or not peer.is_connected:
+            seconds = CONNECT_SECONDS if peer is None else RECONNECT_SECONDS
+            if peer is not None and not self.group.is_static:
+                # It may have come back, and then listens elsewhere; a store may take its time.
+                await asyncio.to_thread(self.group.refresh)
+            peer = await self.worker.connect(self.group.endpoint(to), timeout=seconds)
+            if peer.name != to.name:
+                raise WorkerLost(to.name, reason=f"{peer.name!r} listens where it did")
+            self._peers[to.name] = peer
+        return peer
+
+    async def _call(
+        self,
+        to: WorkerInfo,
+        name: str,
+        packed: Packed,
+        seconds: float | None,
+        *,
+        keep: bool = False,
+        is_control: bool = False,
+    ) -> Any:
+        if not is_control:
+            self._begin()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(seconds):
+                rrefs = [await rref._fork() for rref in packed.rrefs]
+                peer = await self.reach(to)
+            left = None if seconds is None else max(0.0, seconds - (loop.time() - began))
+            parts = (packed.skeleton, packed.tensors, rrefs)
+            reply = await peer.call(_ENTRY, name, *parts, keep, timeout=left)
+        except (TimeoutError, DeadlineExceeded) as error:
+            raise timed_out(seconds) from error
+        except SerializationError as error:
+            raise CannotTravel(str(error)) from error
+        except ZmqAutogradError as error:
+            raise RuntimeError(str(error)) from error
+        finally:
+            if not is_control:
+                self._end()
+        return self._result(reply)
+
+    def _result(self, reply: list[Any]) -> Any:
+        kind, *parts = reply
+        if kind == "error":
+            raise replies.remade(*parts)
+        if kind == "rref":
+            return parts[0]
+        return self._unpacked(*parts)
+
+    def _unpacked(self, skeleton: Any, tensors: list[torch.Tensor], rrefs: list[za.RRef]) -> Any:
+        def received(held: za.RRef, name: str, number: int, *rref_id: int) -> PyRRef[Any]:
+            created_on, local_id = rref_id
+            return RRef._received(self, held, WorkerInfo(name, number), (created_on, local_id))
+
+        return state.values.unpack(skeleton, tensors, rrefs, received)
+
+    # --- being called ----------------------------------------------------------------------------
+
+    async def _serve(
+        self,
+        name: str,
+        skeleton: Any,
+        tensors: list[torch.Tensor],
+        rrefs: list[za.RRef],
+        keep: bool,
+    ) -> list[Any]:
+        """Run a function for another worker; what it raises is a reply like any other."""
+        self._serving += 1
+        try:
+            await self._joined.wait()  # what is called may call others
+            run = self._waits.measured(self._run)
+            result = await compute(run, name, skeleton, tensors, rrefs)
+            if isinstance(result, replies.Later):
+                result = await value_of(result.future)
+            if keep:
+                return ["rref", self.worker.rref(result)]
+            packed = state.values.pack(result)
+            forks = [await rref._fork() for rref in packed.rrefs]
+            return ["value", packed.skeleton, packed.tensors, forks]
+        except Exception as error:  # noqa: BLE001  # it is the function's
+            return replies.failure(self.me, error)
+        finally:
+            self._serving -= 1
+
+    def _run(
+        self, name: str, skeleton: Any, tensors: list[torch.Tensor], rrefs: list[za.RRef]
+    ) -> Any:
+        function = state.names.find(name)
+        args, kwargs = self._unpacked(skeleton, tensors, rrefs)
+        return replies.called(name, function, args, kwargs)
+
+    # --- leaving ---------------------------------------------------------------------------------
+
+    async def idle(self, seconds: float | None) -> int:
+        """Wait until no call of this worker's is under way; return how many there have been.
+
+        Raises:
+            RuntimeError: `seconds` were not enough.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            raise RuntimeError(f"{self._active} calls are under way after {seconds} s") from None
+        return self._started
+
+    async def close(self) -> None:
+        """Close the worker; what waits for a reply hears that there will be none."""
+        await self.worker.close()
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=CALLBACK_SECONDS)
+        self._callbacks.close()
+
+    def _begin(self) -> None:
+        self._started += 1
+        self._active += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._active -= 1
+        if not self._active:
+            self._idle.set()
+
+
+async def _within(made: concurrent.futures.Future[za.RRef], seconds: float) -> za.RRef:
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.shield(asyncio.wrap_future(made))
+    except TimeoutError as error:
+        raise timed_out(seconds) from error
