@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env demo test soak lint types bench docs clean
+.PHONY: env demo test conformance soak lint types bench docs clean
 
 env: $(READY)
 
@@ -23,6 +23,10 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest -q
+
+# PyTorch's own tests of its distributed RPC and autograd, over zmq_autograd.compat.
+conformance: env
+	$(BIN)/python -m tests.conformance.run
 
 soak: env
 	$(BIN)/python -m pytest -q -m soak --timeout 3600
