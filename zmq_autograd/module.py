@@ -5,14 +5,13 @@ All of it is calls of what the module's owner exposed; the other side is `node.m
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
 
-from zmq_autograd.engine import Context, Place, Scope, current_scope
+from zmq_autograd.engine import Context
 from zmq_autograd.errors import ConfigurationError, NotRegistered, ProtocolError
 from zmq_autograd.node import Held
 from zmq_autograd.node.states import Item, checked_items, in_pieces, items_of, state_of
@@ -164,7 +163,7 @@ class RemoteModule:
             ContextError: the context has ended, or is another worker's.
             ZmqAutogradError: as for `RemoteWorker.call`.
         """
-        with _within(context):
+        with context.entered():
             items = await self._read("gradients")
         return {key: value for _, key, value in items}
 
@@ -299,17 +298,3 @@ def _parameter(
     return RemoteParameter(
         str(name), cast("RRef", rref), torch.Size(shape), DTYPES[dtype], bool(requires_grad)
     )
-
-
-@contextmanager
-def _within(context: Context) -> Iterator[None]:
-    """Have the calls of a block be made in `context`."""
-    scope = current_scope.get()
-    if scope is not None and scope.context is context:
-        yield
-        return
-    token = current_scope.set(Scope(context, Place(context.context_id)))
-    try:
-        yield
-    finally:
-        current_scope.reset(token)

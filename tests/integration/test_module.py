@@ -348,3 +348,17 @@ async def test_gradients_are_of_the_context_that_is_named(two: Pair) -> None:
             await net.gradients(foreign)
     with pytest.raises(za.RemoteError, match="within one"):
         await two.remote_bob.call("net.gradients")
+
+
+async def test_asking_from_outside_the_context_mixes_no_messages_up(two: Pair) -> None:
+    module, local = seeded(Tied), seeded(Tied)
+    net = await exposed(two, module)
+    async with two.alice.context() as ctx:
+        x = batch().requires_grad_()
+        loss = (await net(x)).sum()  # the first message on either side is on the graph
+        for _ in range(2):
+            task = asyncio.create_task(net.gradients(ctx), context=contextvars.Context())
+            assert await task == {}
+        await ctx.backward(loss)
+        local(batch()).sum().backward()
+        check_same(await net.gradients(ctx), grads_of(local))

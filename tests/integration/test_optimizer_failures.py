@@ -30,6 +30,10 @@ class Temperamental(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.step_one(parameter, group["mood"])
+            if group["mood"] == "cannot tell":
+                group["note"] = object()
+            if group["mood"] == "replaces":
+                group["weights"] = [torch.ones(2)]
 
     def step_one(self, parameter: Tensor, mood: str) -> None:
         if mood == "raises before":
@@ -45,7 +49,7 @@ class Temperamental(torch.optim.Optimizer):
             self.state[parameter].setdefault("sum", torch.zeros(())).add_(1)
         if mood == "exits":
             raise SystemExit(3)
-        if mood != "well":
+        if mood not in ("well", "cannot tell", "replaces"):
             raise ValueError("not today")
 
 
@@ -202,6 +206,25 @@ async def test_where_nothing_was_applied_the_first_cause_is_raised() -> None:
         with pytest.raises(ValueError, match="not today"):
             await there.step(optimizer)
         assert there.now == [5, 5, 5]
+
+
+async def test_owners_whose_outcome_cannot_travel_are_unknown() -> None:
+    async with setting() as there:
+        optimizer = await there.optimizer("well", "well", "cannot tell")  # of which each has some
+        with pytest.raises(za.PartialStepError) as caught:
+            await there.step(optimizer)
+        assert (caught.value.applied, caught.value.unknown) == (("trainer",), ("good", "bad"))
+        assert there.now == [4, 4, 4]
+
+
+async def test_hyperparameters_may_be_tensors_in_lists() -> None:
+    async with setting() as there:
+        optimizer = await there.optimizer("replaces", "well", "replaces")
+        for _ in range(2):
+            await there.step(optimizer)
+        assert there.now == [3, 3, 3]
+        for group in optimizer.param_groups[::2]:
+            assert torch.equal(group["weights"][0], torch.ones(2))
 
 
 async def test_one_owner_that_raised_in_the_midst_is_a_partial_step() -> None:

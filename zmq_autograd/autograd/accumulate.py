@@ -22,7 +22,6 @@ from zmq_autograd.autograd.stages import has_tensor_hooks
 _GRADS_SWAPPED: Final = threading.Lock()
 """Held while ``.grad`` of leaves is not what their users put there: contexts share leaves."""
 
-
 QUICK_TENSORS: Final = 32
 """Leaves whose accumulators run in about the time that it takes to hand them to a thread."""
 
@@ -105,7 +104,7 @@ def grads_swapped(grads: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
             yield
         finally:
             for leaf, grad in before:
-                leaf.grad = grad
+                _set_grad(leaf, grad)
 
 
 def _set_grad(leaf: Tensor, grad: Tensor | None) -> None:

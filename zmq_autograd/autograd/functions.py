@@ -76,7 +76,6 @@ class SendFunction:
                     f"message {self.message_id}: expected gradient {index} of shape {list(shape)} "
                     f"and {dtype}, got {list(grad.shape)} and {grad.dtype}"
                 )
-
             if grad is not None and index in self.freed:
                 raise RuntimeError(FREED_TEXT)
 

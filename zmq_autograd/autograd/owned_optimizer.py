@@ -119,12 +119,12 @@ class OwnedOptimizer:
         try:
             with grads_swapped({p: gradients.get(p) for p in self.parameters}):
                 self._optimizer.step()
+            changed = [
+                {key: value for key, value in now.items() if not _is_same(value, set_to.get(key))}
+                for now, set_to in zip(self.hyperparameters, groups, strict=True)
+            ]
         except BaseException as error:  # noqa: BLE001  # SystemExit too: the holder hears of it
             return Outcome("not applied" if before.still_holds(self._mark()) else "unknown", error)
-        changed = [
-            {key: value for key, value in now.items() if not _is_same(value, set_to.get(key))}
-            for now, set_to in zip(self.hyperparameters, groups, strict=True)
-        ]
         return Outcome("applied", changed=changed)
 
     def _mark(self) -> _Mark:
@@ -233,5 +233,8 @@ def copied(value: Any) -> Any:
 
 def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        is_alike = (one.dtype, one.device) == (other.dtype, other.device)
+        return is_alike and torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_is_same, one, other))
     return type(one) is type(other) and bool(one == other)

@@ -20,7 +20,8 @@ class Record:
         sends: by message id.
         receives: by message id.
         gradients: by leaf, the sum over all passes that are complete.
-        kept: the leaves that results which were kept here, as RRefs, were computed from.
+        kept: the leaves that results which were kept here, as RRefs, were computed from; compute
+            threads add to it.
     """
 
     def __init__(self, context_id: int) -> None:
@@ -29,7 +30,7 @@ class Record:
         self.sends: dict[int, SendFunction] = {}
         self.receives: dict[int, ReceiveFunction] = {}
         self.gradients: dict[Tensor, Tensor] = {}
-        self.kept: frozenset[Tensor] = frozenset()
+        self.kept: set[Tensor] = set()
 
     def send(self, message_id: int, peer: Any, tensors: Iterable[Tensor]) -> bool:
         """Record that `tensors` leave in one message; say whether any of them is on the graph.
@@ -79,7 +80,7 @@ class Record:
         self.sends.clear()
         self.receives.clear()
         self.gradients.clear()
-        self.kept = frozenset()
+        self.kept.clear()
 
 
 def _distinct(tensors: Iterable[Tensor]) -> Sequence[Tensor]:

@@ -193,8 +193,10 @@ class DistributedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: the norm is infinite or NaN, and `error_if_nonfinite`.
-            ContextError: the context has ended.
-            ZmqAutogradError: as for `RemoteWorker.call`; some gradients may be clipped.
+            ContextError: the context has ended, or a pass was completed meanwhile.
+            ZmqAutogradError: as for `RemoteWorker.call`.
+
+        If it raises anything but the first, or is cancelled, some gradients may be clipped.
         """
         _check_context(context)
         timeout, norm_type = checked_timeout(timeout), float(norm_type)

@@ -20,11 +20,12 @@ from zmq_autograd.autograd.owned_optimizer import (
 from zmq_autograd.engine import Context
 from zmq_autograd.engine.steps import clip, gradients_of, step
 from zmq_autograd.errors import (
-    DeadlineExceeded,
+    ConfigurationError,
     NotRegistered,
     ProtocolError,
-    WorkerLost,
-    ZmqAutogradError,
+    RemoteError,
+    ResourceExhausted,
+    SerializationError,
 )
 from zmq_autograd.node import compute
 from zmq_autograd.node.optimizers import PREFIX, state_from, state_items
@@ -218,17 +219,21 @@ class RemotePart:
         try:
             reply = await self._ask_about(context, "step", timeout, groups, seconds)
             return _outcome(reply, self._owner.name)
-        except (WorkerLost, DeadlineExceeded, ProtocolError) as error:
-            return Outcome("unknown" if was_connected else "not applied", error)
-        except ZmqAutogradError as error:  # refused there, or here before it was sent
-            return Outcome("not applied", error)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other parts go on
+            is_unknown = was_connected and _may_have_begun(error)
+            return Outcome("unknown" if is_unknown else "not applied", error)
 
     async def norms(self, context: Context, norm_type: float, timeout: float | None) -> list[Norm]:
-        dtypes, norms = await self._ask_about(context, "norms", timeout, norm_type)
-        return [
-            None if dtype is None else (DTYPES[dtype.removeprefix("torch.")], norm)
-            for dtype, norm in zip(dtypes, norms, strict=True)
-        ]
+        reply = await self._ask_about(context, "norms", timeout, norm_type)
+        try:
+            return [
+                None if dtype is None else (DTYPES[dtype.removeprefix("torch.")], float(norm))
+                for dtype, norm in zip(*reply, strict=True)
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(
+                f"clip_grad_norm: expected dtypes and norms ({error!r})", worker=self._owner.name
+            ) from error
 
     async def clip(self, context: Context, coefficient: Tensor, timeout: float | None) -> None:
         await self._ask_about(context, "clip", timeout, coefficient)
@@ -266,6 +271,16 @@ class RemotePart:
         return await self._owner.call(PREFIX + function, self._rref, *args, timeout=timeout)
 
 
+def _may_have_begun(error: Exception) -> bool:
+    """Tell whether a step that was asked for, and ended with `error`, may have been applied."""
+    # What the step itself raises comes in an outcome, which may be what cannot travel.
+    if isinstance(error, RemoteError):
+        return error.type_name == SerializationError.__name__
+    if isinstance(error, ResourceExhausted):
+        return bool(error.path)
+    return not isinstance(error, (SerializationError, ConfigurationError))  # of this side
+
+
 def _outcome(reply: Any, owner: str) -> Outcome:
     """Return what `owner` told of a step.
 
@@ -276,6 +291,10 @@ def _outcome(reply: Any, owner: str) -> Outcome:
         status, error, changed = reply
         if status not in ("applied", "not applied", "unknown"):
             raise ValueError(f"unknown status {status!r}")
+        if not isinstance(changed, list) or not all(isinstance(of, dict) for of in changed):
+            raise TypeError("expected a list of dicts of hyperparameters")
+        if any(name in of for of in changed for name in ("params", "param_names")):
+            raise ValueError("these are not its own to change")
         cause = None if error is None else exception_from(ErrorResponse(**error), owner)
     except (TypeError, ValueError) as problem:
         raise ProtocolError(f"step: expected an outcome ({problem})", worker=owner) from problem

@@ -16,7 +16,8 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from zmq_autograd.engine import Context, Contexts, Place
+from zmq_autograd.engine import Context, Contexts
+from zmq_autograd.engine.places import Place
 from zmq_autograd.errors import WorkerLost
 from zmq_autograd.session import error_response, exception_from
 from zmq_autograd.wire.messages import ErrorResponse, Reply, Request

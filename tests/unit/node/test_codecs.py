@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_what_has_nothing_to_pack_stays_the_same_object(codecs: Codecs) -> None:
     value = [1, {"a": (torch.ones(2), "b")}]
     assert codecs.pack(value) is value
     assert codecs.unpack(value) is value
+
+
+def test_an_abstract_class_has_instances_that_do_not_inherit_from_it(codecs: Codecs) -> None:
+    codecs.add(Mapping, "mapping", lambda of: list(of.items()), dict)
+    packed = codecs.pack([{"a": Point(1, 2)}])
+    assert packed[0].codec == "mapping"
+    assert codecs.unpack(packed) == [{"a": Point(1, 2)}]
 
 
 def test_a_subclass_goes_by_its_nearest_codec(codecs: Codecs) -> None:
