@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import zmq
 
+from tests.faults import warm
 from tests.helpers import SCHEMES, Pair, connected, endpoint_of
 
 SETTLE_SECONDS: Final = 5.0
@@ -26,6 +28,13 @@ CHECKED: Final = (TESTS / "integration", TESTS / "faults", TESTS / "unit" / "nod
 # `za.compute` outside a worker has threads of its own, which end by themselves after a while.
 SHARED_POOL: Final = "za-compute-"
 
+_frozen_modules = 0
+
+
+def pytest_configure() -> None:
+    """Have the processes that tests start compute in one thread each: there are many of them."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Have `nothing_left` wrap every other fixture of the tests that start workers."""
@@ -36,9 +45,22 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Make what is made once per process, so that no test seems to leave it behind."""
     _start_pyzmq_thread()
-    # What has been imported need not be looked at each time that a test is checked.
-    gc.collect()
-    gc.freeze()
+    if "tests.faults.victims" in sys.modules:
+        warm.start("tests.faults.victim", "tests.faults.learner")
+    _freeze_what_was_imported()
+
+
+def _freeze_what_was_imported() -> None:
+    """Have the collector pass over all that there is, if modules were imported since the last time.
+
+    Much is imported on first use.  To look through all of torch takes a fifth of a second, after
+    each test that is checked, and stalls event loops whose stalls are measured.
+    """
+    global _frozen_modules
+    if len(sys.modules) != _frozen_modules:
+        _frozen_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def _start_pyzmq_thread() -> None:
@@ -57,6 +79,7 @@ def _start_pyzmq_thread() -> None:
 @pytest.fixture
 async def nothing_left() -> AsyncIterator[None]:
     """Fail a test that leaves a task, thread, descriptor or process, or an error unheard."""
+    _freeze_what_was_imported()  # at the start: nothing of the last test is alive any more
     loop = asyncio.get_running_loop()
     unheard: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: unheard.append(context))

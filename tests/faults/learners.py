@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import zmq_autograd as za
-from tests.faults.victims import DEADLINE_SECONDS, ROOT, Victim
+from tests.faults.victims import DEADLINE_SECONDS, Victim
 
 
 class Learner(Victim):
     """A worker in a process of its own that takes part in passes."""
 
-    def __init__(self, name: str, *options: str, listen: str) -> None:
-        """Start the process; `started` waits until it listens."""
-        self.name = name
-        self.endpoint = ""
-        self.incarnation = ""
-        command = [sys.executable, "-m", "tests.faults.learner", name, "--listen", listen, *options]
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+    MODULE = "tests.faults.learner"
 
     async def in_backward(self) -> None:
         """Wait until it holds a pass up."""

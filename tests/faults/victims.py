@@ -11,19 +11,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import zmq_autograd as za
+from tests.faults.warm import WarmProcess
 
 ROOT: Final = Path(__file__).parents[2]
-VICTIM: Final = "tests.faults.victim"
-
 DEADLINE_SECONDS: Final = 20.0
 """After which a test gives up waiting for what should take milliseconds."""
 
 
 class Victim:
     """A worker in a process of its own."""
+
+    MODULE: ClassVar = "tests.faults.victim"
+    """What runs there."""
 
     def __init__(
         self,
@@ -43,23 +45,19 @@ class Victim:
         self.name = name
         self.endpoint = ""
         self.incarnation = ""
-        self._process = subprocess.Popen(
-            [
-                *within,
-                sys.executable,
-                "-m",
-                "tests.faults.victim",
-                name,
-                "--listen",
-                listen,
-                *options,
-            ],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+        arguments = [name, "--listen", listen, *options]
+        self._process: WarmProcess | subprocess.Popen[str]
+        if within:
+            self._process = subprocess.Popen(
+                [*within, sys.executable, "-m", self.MODULE, *arguments],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+            )
+        else:
+            self._process = WarmProcess(self.MODULE, arguments)
 
     def say(self, line: str) -> None:
         """Write a line to its standard input."""
