@@ -1,7 +1,7 @@
 # Made by tests/unit/blocking/stub.py of the async classes.  Change those, and run it.
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -81,6 +81,8 @@ class RemoteWorker:
 class Context:
     def enter(self, served: int = ...) -> Place: ...
     def enter_pass(self, pass_id: int) -> None: ...
+    @contextmanager
+    def entered(self) -> Iterator[None]: ...
     def backward(
         self,
         roots: Tensor | Sequence[Tensor] | RRef,

@@ -30,8 +30,8 @@ class Together:
     def get(self, key: str) -> bytes:
         try:
             self._both.wait(0.1)
-        except threading.BrokenBarrierError:
-            pass
+        except threading.BrokenBarrierError:  # nobody else asks
+            self._both.reset()
         found: bytes = self._store.get(key)
         return found
 
