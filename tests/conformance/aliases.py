@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, Final
 
@@ -52,6 +52,19 @@ def install() -> None:
     for name, absent in ABSENT.items():
         for attribute in absent:
             setattr(sys.modules[name], attribute, None)
+
+
+def check(modules: Iterable[str]) -> None:
+    """Raise `LookupError` if one of `modules`, imported since, has got hold of torch's own."""
+    for name in modules:
+        for key, value in vars(sys.modules[name]).items():
+            origin = value.__name__ if isinstance(value, ModuleType) else _origin(value)
+            if origin in REPLACED or origin == "torch._C._distributed_rpc":
+                raise LookupError(f"{name}.{key} is torch's own: {value}")
+
+
+def _origin(value: Any) -> Any:
+    return getattr(value, "__module__", None) if callable(value) else None
 
 
 def _replace(name: str, module: ModuleType) -> None:

@@ -35,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         aliases.install()
     cases = compose(variants=ours)
     if ours:
-        from tests.conformance.allowed import allow  # late: it imports what is aliased
+        from tests.conformance import allowed  # late: it imports what is aliased
 
-        allow({case.test_class for case in cases})
+        allowed.allow({case.test_class for case in cases})
+        aliases.check(allowed.MODULES)
     selected = [case for case in cases if options.k in case.name]
     if options.fast:
         selected = [case for case in selected if case.name in FAST]

@@ -151,6 +151,6 @@ class Halving(torch.optim.SGD):
 class Broken(torch.optim.SGD):
     """An optimizer that cannot step."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Raise."""
         raise ValueError("cannot step")

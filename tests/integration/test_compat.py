@@ -481,6 +481,9 @@ def test_a_worker_listens_on_this_machine_unless_told_otherwise(
         endpoint_for(rpc.TensorPipeRpcBackendOptions())
     with pytest.raises(ValueError, match="beyond this machine"):
         endpoint_for(rpc.TensorPipeRpcBackendOptions(init_method="tcp://192.0.2.1:29500"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # a launcher says that it is one machine
+    assert endpoint_for(rpc.TensorPipeRpcBackendOptions()) == "tcp://127.0.0.1:0"
     there = "tcp://192.0.2.7:0"
     assert endpoint_for(rpc.TensorPipeRpcBackendOptions(listen=there, insecure=True)) == there
 

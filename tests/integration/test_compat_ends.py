@@ -90,7 +90,7 @@ def test_a_future_is_done_even_where_the_event_loop_ends(
     future = rpc.rpc_async("me", program.wait)
 
     async def end() -> None:
-        for task in list(agent._settling):
+        for task in list(agent._futures._settling):
             task.cancel()
 
     done = threading.Event()

@@ -24,6 +24,7 @@ from zmq_autograd import rref as za
 from zmq_autograd.compat.rpc import constants, replies, state
 from zmq_autograd.compat.rpc.errors import CannotTravel, timed_out
 from zmq_autograd.compat.rpc.functions import value_of
+from zmq_autograd.compat.rpc.futures import Futures
 from zmq_autograd.compat.rpc.profiling import profiled
 from zmq_autograd.compat.rpc.rref import PyRRef, RRef
 from zmq_autograd.compat.rpc.values import Packed
@@ -34,7 +35,7 @@ from zmq_autograd.errors import (
     WorkerLost,
     ZmqAutogradError,
 )
-from zmq_autograd.node.compute import ComputePool, compute
+from zmq_autograd.node.compute import compute
 
 if TYPE_CHECKING:
     from zmq_autograd.blocking.portal import Portal
@@ -44,16 +45,13 @@ if TYPE_CHECKING:
     from zmq_autograd.remote import RemoteWorker
     from zmq_autograd.worker import Worker
 
-CONNECT_SECONDS: Final = 10.0
-"""Seconds to reach a worker for the first time."""
+CONNECT_SECONDS: Final = 5.0
+"""Seconds to reach a worker for the first time: it listens since it joined, but may be busy."""
 
 RECONNECT_SECONDS: Final = 1.0
-"""Seconds to reach one again that was lost: it listens where it did, or is no more."""
+"""Seconds to reach one that was lost or could not be reached: it listens there, or is no more."""
 
 _ENTRY: Final = "rpc.call"
-
-CALLBACK_SECONDS: Final = 5.0
-"""Seconds that callbacks of futures have to end when this worker leaves."""
 
 
 class Agent:
@@ -85,6 +83,7 @@ class Agent:
         self.offered: set[type] = set()
         self._options = options
         self._peers: dict[str, RemoteWorker] = {}
+        self._unreachable: set[str] = set()
         self._local_ids = itertools.count()
         self._rrefs: WeakSet[PyRRef[Any]] = WeakSet()
         self._active = 0  # calls made that have not ended, but for those that control the group
@@ -94,9 +93,7 @@ class Agent:
         self._idle.set()
         self._joined = asyncio.Event()
         self._waits = replies.Waits()
-        # Where futures are completed, and so where the callbacks of programs run: these may block.
-        self._callbacks = ComputePool(f"{me.name}-callbacks")
-        self._settling: set[asyncio.Task[Any]] = set()
+        self._futures = Futures(portal, me.name)
         worker.register(self._serve, _ENTRY)
 
     # --- who takes part --------------------------------------------------------------------------
@@ -164,6 +161,10 @@ class Agent:
     def held_rrefs(self) -> int:
         """Return how many RRefs this worker holds of others."""
         return len(self._rrefs)
+
+    def pending_rrefs(self) -> int:
+        """Return how many RRefs this worker holds of others whose calls have not ended."""
+        return sum(rref._is_pending() for rref in list(self._rrefs))
 
     # --- calling ---------------------------------------------------------------------------------
 
@@ -250,25 +251,7 @@ class Agent:
         self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
     ) -> Future[Any]:
         """Call a coroutine function on the event loop and return the future of its result."""
-        future: Future[Any] = Future()
-        self.portal.start(self._settle, future, functools.partial(function, *args, **kwargs))
-        return future
-
-    async def _settle(self, future: Future[Any], function: Callable[[], Awaitable[Any]]) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
-        finish: Callable[[], None]
-        try:
-            finish = functools.partial(future.set_result, await function())
-        except asyncio.CancelledError:  # the event loop ends: nobody would hear of it otherwise
-            ended = RuntimeError("the call was given up: this process takes part no longer")
-            self._callbacks.start(functools.partial(future.set_exception, ended))
-            raise
-        except Exception as error:  # noqa: BLE001  # who waits for the future gets it
-            finish = functools.partial(future.set_exception, error)
-        await self._callbacks.run(finish)
+        return self._futures.of(function, *args, **kwargs)
 
     def _packed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -293,14 +276,20 @@ class Agent:
         """
         peer = self._peers.get(to.name)
         if peer is None or not peer.is_connected:
-            seconds = CONNECT_SECONDS if peer is None else RECONNECT_SECONDS
+            is_known = peer is not None or to.name in self._unreachable
+            seconds = RECONNECT_SECONDS if is_known else CONNECT_SECONDS
             if peer is not None and not self.group.is_static:
                 # It may have come back, and then listens elsewhere; a store may take its time.
                 await asyncio.to_thread(self.group.refresh)
-            peer = await self.worker.connect(self.group.endpoint(to), timeout=seconds)
+            try:
+                peer = await self.worker.connect(self.group.endpoint(to), timeout=seconds)
+            except ZmqAutogradError:
+                self._unreachable.add(to.name)
+                raise
             if peer.name != to.name:
                 raise WorkerLost(to.name, reason=f"{peer.name!r} listens where it did")
             self._peers[to.name] = peer
+            self._unreachable.discard(to.name)
         return peer
 
     async def _call(
@@ -403,9 +392,7 @@ class Agent:
     async def close(self) -> None:
         """Close the worker; what waits for a reply hears that there will be none."""
         await self.worker.close()
-        if self._settling:
-            await asyncio.wait(self._settling, timeout=CALLBACK_SECONDS)
-        self._callbacks.close()
+        await self._futures.close()
 
     def _begin(self) -> None:
         self._started += 1

@@ -358,5 +358,5 @@ def _rref_context_get_debug_info() -> dict[str, str]:
         "num_owner_rrefs": str(counts["owned"]),
         "num_forks": str(counts["forks"]),
         "num_pending_users": str(counts["pending"]),
-        "num_pending_futures": "0",
+        "num_pending_futures": str(agent.pending_rrefs()),
     }

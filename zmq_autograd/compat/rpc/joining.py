@@ -227,7 +227,9 @@ def endpoint_for(options: TensorPipeRpcBackendOptions) -> str:
         return options.listen
     url = urlsplit(options.init_method)
     host = os.environ.get("MASTER_ADDR") if url.scheme == "env" else url.hostname
-    if host is not None and not is_loopback(f"tcp://{host}:0"):
+    local = os.environ.get("LOCAL_WORLD_SIZE") if url.scheme == "env" else None
+    is_one_machine = local is not None and local == os.environ.get("WORLD_SIZE")
+    if host is not None and not is_one_machine and not is_loopback(f"tcp://{host}:0"):
         raise ValueError(
             f"the workers meet at {host}, beyond this machine: pass "
             "rpc_backend_options=TensorPipeRpcBackendOptions(listen='tcp://ADDRESS:0', "

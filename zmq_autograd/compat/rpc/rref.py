@@ -242,6 +242,10 @@ class PyRRef(Generic[T]):
         except Exception:  # noqa: BLE001  # who asked hears it; the next one asks again
             self._type = None
 
+    def _is_pending(self) -> bool:
+        """Say whether the call that makes the value has neither ended nor been given up."""
+        return self._held is not None and not self._held.done()
+
     def _get_future(self) -> Future[Any]:
         """Return the future of the call that makes the value."""
         if self._held is None:
