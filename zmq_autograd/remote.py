@@ -15,7 +15,9 @@ from torch import Tensor
 from zmq_autograd.autograd.functions import cut_off
 from zmq_autograd.engine import Context, Contexts, Scope, current_scope
 from zmq_autograd.errors import (
+    ConfigurationError,
     ContextError,
+    ResourceExhausted,
     SerializationError,
     ZmqAutogradError,
 )
@@ -256,7 +258,8 @@ class RemoteWorker:
             for tensor in tensors_in(value):
                 tensor.requires_grad_(False)
             return self._home.codecs.unpack(value)
-        context = self._checked(scope)
+        context = scope.context
+        self.check_context(context)
         message_id = scope.place.next_id()
         context.sending(self, message_id, ())
         committed = context.passes.committed
@@ -314,7 +317,8 @@ class RemoteWorker:
         self, scope: Scope, message: ForwardRequest, timeout: float | None
     ) -> Any:
         """Make a call that takes the context along, and puts its tensors on the graph."""
-        context = self._checked(scope)
+        context = scope.context
+        self.check_context(context)
         message_id = scope.place.next_id()
         context.sending(self, message_id, tensors_in([message.args, message.kwargs]))
         message = replace(
@@ -338,8 +342,8 @@ class RemoteWorker:
             saw(reply.profiler_events)
             return reply
 
-    def _checked(self, scope: Scope) -> Context:
-        context = scope.context
+    def check_context(self, context: Context) -> None:
+        """Raise ContextError if `context` is another worker's than the one that holds this."""
         if context.table is not self._home.contexts:
             raise ContextError(
                 f"{context} is not of the worker that is connected to {self.name!r}: a context "
@@ -347,7 +351,6 @@ class RemoteWorker:
                 context_id=context.context_id,
                 worker=self.name,
             )
-        return context
 
     async def _exchange(
         self, context: Context, message: ForwardRequest | RRefFetchRequest, timeout: float | None
@@ -355,11 +358,10 @@ class RemoteWorker:
         """Send what belongs to a context, and put the tensors of the reply on its graph."""
         try:
             reply = await self._profiled(message, timeout)
-        except SerializationError:  # nothing has left
-            if message.metadata is not None:
+        except ZmqAutogradError as error:
+            if message.metadata is not None and has_not_left(error):
                 context.not_sent(message.metadata.message_id)
-            raise
-        except ZmqAutogradError:  # the function may have run a pass before it failed
+            # The function may have run a pass before it failed.
             await context.passes.until_committed()
             raise
         context.passes.told_committed(self, message.committed)
@@ -370,3 +372,10 @@ class RemoteWorker:
         context.passes.learn_committed(answer.committed)
         await context.passes.until_committed()
         return answer
+
+
+def has_not_left(error: Exception) -> bool:
+    """Tell whether a request that ended with `error` was refused on this side, before it left."""
+    if isinstance(error, ResourceExhausted):
+        return not error.path
+    return isinstance(error, (SerializationError, ConfigurationError))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 import zmq_autograd as za
-from tests.helpers import Pair, connected
+from tests.helpers import DEADLINE, Pair, connected
 from tests.integration.twins import Call, far_leaf, near_leaf, on_accumulation, on_gradient, some
+from zmq_autograd import blocking
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -221,3 +223,21 @@ async def test_hooks_are_in_the_context_of_their_worker(two: Pair) -> None:
         await ctx.backward(y.sum())
         assert seen["result"] is seen["x"] is seen["x accumulated"] is ctx
         assert seen["argument"] is seen["call"]
+
+
+async def test_hooks_of_one_pass_may_call_one_after_another(two: Pair) -> None:
+    weight = torch.ones(2, 3, requires_grad=True)
+    two.bob.register(lambda x: 3 * x, "triple")
+    two.bob.register(lambda: weight, "weight")  # its reply is on the graph
+    remote_bob = blocking.of(two.remote_bob, asyncio.get_running_loop())
+    seen: list[Tensor] = []
+    x = near_leaf()
+    async with two.alice.context() as ctx:
+        inner = 2 * x
+        received = await two.remote_bob.call("triple", inner)
+        # They run in two computations: the second once the gradient has come back.
+        for tensor in (received, inner):
+            on_gradient(tensor, lambda _: seen.append(remote_bob.call("weight")))
+        await ctx.backward(received.sum(), timeout=DEADLINE)
+        assert len(seen) == 2
+        assert torch.equal(ctx.gradients()[x], torch.full((2, 3), 6.0))

@@ -43,6 +43,20 @@ FITS: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("timeout", [DEADLINE, -1])
+async def test_what_did_not_leave_is_not_on_the_graph(timeout: float) -> None:
+    async with limited("memory://not-on-the-graph", za.Limits(), SMALL) as pair:
+        pair.bob.register(lambda x: x * 2, "f")
+        async with pair.alice.context() as ctx:
+            x = torch.ones(4 if timeout < 0 else 4000, requires_grad=True)
+            with pytest.raises((za.ResourceExhausted, za.ConfigurationError)):
+                await pair.remote_bob.call("f", x, timeout=timeout)
+            assert pair.alice.status()["contexts"][0]["sends"] == 0
+            y = torch.ones(3, requires_grad=True)
+            await ctx.backward((await pair.remote_bob.call("f", y)).sum(), timeout=DEADLINE)
+            assert ctx.gradients()[y].tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize(("what", "value"), TOO_LARGE, ids=[name for name, _ in TOO_LARGE])
 async def test_a_request_that_is_too_large_is_refused_before_it_is_sent(
     endpoint: str, what: str, value: Any

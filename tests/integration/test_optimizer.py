@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 import zmq_autograd as za
+from tests.helpers import Pair
 from tests.integration.fleets import until
 from tests.integration.training import Reference, check_state, setting
 
@@ -396,6 +398,9 @@ async def test_a_state_that_is_larger_than_a_message_travels_in_several() -> Non
             of_parameter["exp_avg"].fill_(7.0)
         await optimizer.load_state_dict(state)
         check_state(await optimizer.state_dict(), state)
+        # Those who ask at once get one each, whole.
+        for found in await asyncio.gather(optimizer.state_dict(), optimizer.state_dict()):
+            check_state(found, state)
 
 
 async def test_a_state_of_other_groups_is_refused() -> None:
@@ -538,3 +543,21 @@ async def test_an_optimizer_is_dropped_with_a_holder_that_leaves() -> None:
             assert there.server.status()["rrefs"]["owned"] > 4
         await until(lambda: there.server.status()["rrefs"]["owned"] == 4)
         del held
+
+
+async def test_a_context_has_to_be_open_and_of_the_same_worker(pair: Pair) -> None:
+    pair.bob.register(torch.nn.Linear(2, 1), "net", expose="module")
+    net = await pair.remote_bob.module("net")
+    optimizer = await za.DistributedOptimizer.create(torch.optim.SGD, net.parameters(), lr=0.1)
+    never = pair.alice.context()
+    with pytest.raises(za.ContextError, match="has not been entered"):
+        await optimizer.step(never)
+    async with pair.alice.context() as ended:
+        pass
+    with pytest.raises(za.ContextError, match="has ended"):
+        await optimizer.clip_grad_norm(ended, 1.0)
+    async with za.Worker("zed") as zed, zed.context() as of_zed:
+        with pytest.raises(za.ContextError, match="a context belongs to one worker"):
+            await optimizer.step(of_zed)
+        with pytest.raises(za.ContextError, match="a context belongs to one worker"):
+            await optimizer.clip_grad_norm(of_zed, 1.0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -334,10 +337,8 @@ async def test_a_reply_that_comes_too_late_leaves_nothing(pair: Pair) -> None:
 
     @pair.bob.register
     async def make() -> list[za.RRef]:
-        try:
+        with contextlib.suppress(asyncio.CancelledError):  # it replies all the same
             await release.wait()
-        except asyncio.CancelledError:
-            pass  # it replies all the same
         return [pair.bob.rref(Counter())]
 
     with pytest.raises(za.DeadlineExceeded):
@@ -438,8 +439,8 @@ async def test_backward_from_an_rref_says_what_is_wrong(pair: Pair) -> None:
     rref = await pair.remote_bob.remote("Counter")
     async with pair.alice.context() as ctx:
         x = torch.ones((), requires_grad=True)
+        await pair.remote_bob.call("detached", x)
         with pytest.raises(za.RemoteError, match="expected a tensor or several"):
-            await pair.remote_bob.call("detached", x)
             await ctx.backward(rref)
         cut = await pair.remote_bob.remote("detached", x)
         with pytest.raises(za.RemoteError, match="does not require grad"):
@@ -530,3 +531,42 @@ async def test_references_to_nowhere_do_not_keep_others_from_their_owners() -> N
         with pytest.raises(asyncio.CancelledError):
             await lying
         assert keeper.kept == []
+
+
+async def test_a_value_is_packed_in_the_context_that_it_is_fetched_in(pair: Pair) -> None:
+    contexts: list[int] = []
+
+    def pack(counter: Counter) -> int:
+        context = za.current_context()
+        contexts.append(0 if context is None else context.context_id)
+        return counter.count
+
+    for worker in (pair.alice, pair.bob):
+        worker.codec(Counter, pack=pack, unpack=Counter)
+    offer_counter(pair.bob)
+    rref = await pair.remote_bob.remote("Counter", 3)
+    assert (await rref.to_here()).count == 3
+    async with pair.alice.context() as ctx:
+        assert (await rref.to_here()).count == 3
+        assert contexts == [0, ctx.context_id]
+
+
+async def test_a_session_that_a_wrong_endpoint_led_to_does_not_stay() -> None:
+    async with running("alice", "bob", "carol") as fleet:
+        offer_keeper(fleet["carol"])
+        wrong = Reference("dave", "f" * 32, 1, 2, (fleet["bob"].endpoints[0],))
+        carol = await fleet.way("alice", "carol")
+        with pytest.raises(za.WorkerLost, match=r"'dave'.*there is another worker, 'bob'"):
+            await carol.request(za.messages.ForwardRequest("keeper.keep", (wrong,)))
+        await until(lambda: fleet["bob"].status()["peers"] == [])
+        bob = await fleet.way("carol", "bob")  # hers, and so it stays
+        with pytest.raises(za.WorkerLost, match="'dave'"):
+            await carol.request(za.messages.ForwardRequest("keeper.keep", (wrong,)))
+        assert await bob.call("ask", ["carol"], "keeper.give") == []
+
+
+async def test_an_rref_is_neither_copied_nor_pickled(pair: Pair) -> None:
+    rref = pair.alice.rref(1)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="pass it on"):
+            copied(rref)

@@ -313,6 +313,18 @@ class Context:
             self.parent = self.owner
         self.passes.peer_lost(peer)
 
+    def check_open(self) -> None:
+        """Raise what is wrong with using it now.
+
+        Raises:
+            ContextError: it has not been entered, or has ended.
+            WorkerLost: it has ended since a worker was lost.
+        """
+        if self.is_ended:
+            raise self.ended_error()
+        if self not in self.table:
+            raise self.error("it has not been entered: use it inside `async with`")
+
     def ended_error(self) -> ContextError | WorkerLost:
         """Return what to raise for a use after its end."""
         if self._lost:

@@ -70,6 +70,9 @@ class Contexts:
     def __len__(self) -> int:
         return len(self._contexts)
 
+    def __contains__(self, context: object) -> bool:
+        return isinstance(context, Context) and self._contexts.get(context.context_id) is context
+
     # --- making and finding ----------------------------------------------------------------------
 
     def new(self, context_id: int | None = None) -> Context:

@@ -82,6 +82,8 @@ class Channel:
         self.address = address
         # The worker at the other end as its user holds it; the owner sets it on opening.
         self.peer: Any = None
+        # How many have it from dialling: while there are none, whoever opened it may close it.
+        self.users = 0
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._session = Session(

@@ -49,6 +49,18 @@ class Call:
 current_call: Final[ContextVar[Call | None]] = ContextVar("zmq_autograd_call", default=None)
 
 
+def served_call() -> Call:
+    """Return the call that the running code serves.
+
+    Raises:
+        RuntimeError: there is none: it was called on this worker itself.
+    """
+    call = current_call.get()
+    if call is None:
+        raise RuntimeError("expected to be called by another worker")
+    return call
+
+
 class _Thread(threading.local):
     """What a thread knows of itself.
 

@@ -12,7 +12,7 @@ from zmq_autograd.engine import Context, Contexts, reading
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.errors import ContextError, NotRegistered
 from zmq_autograd.node import optimizers
-from zmq_autograd.node.current import current_call
+from zmq_autograd.node.current import served_call
 from zmq_autograd.node.profiled import ProfilerOptions
 from zmq_autograd.node.recorder import CallRecorder
 from zmq_autograd.node.registry import Entry, Registry
@@ -119,11 +119,11 @@ async def _inside(
 
 async def _fetched(request: RRefFetchRequest, value: Any, peer: Any, node: Node) -> Reply:
     """Return the reply that holds the value of an RRef."""
-    packed = node.codecs.pack(value)
     if request.metadata is None:
-        return RRefFetchResponse(packed)
+        return RRefFetchResponse(node.codecs.pack(value))
     context, reply = await _joined(request, request.metadata, (), peer, node)
     async with reading():
+        packed = node.codecs.pack(value)
         is_on_graph = context.sending(peer, reply.message_id, tensors_in(packed))
     return RRefFetchResponse(packed, reply if is_on_graph else None, context.passes.committed)
 
@@ -160,9 +160,7 @@ async def _result(request: ForwardRequest, entry: Entry, node: Node) -> Any:
 
 async def _graph(context_id: int, committed: int, seconds: float, is_parent: bool) -> list[Any]:
     """Tell who shares the context of its graph on this worker and on those behind it."""
-    call = current_call.get()
-    if call is None:
-        raise RuntimeError("expected to be called by another worker")
+    call = served_call()
     node: Node = call.node
     try:
         context = node.contexts.find(context_id, call.peer)

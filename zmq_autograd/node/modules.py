@@ -18,7 +18,7 @@ from torch.nn import Module
 from zmq_autograd.engine import current_scope
 from zmq_autograd.errors import ConfigurationError, ProtocolError, ResourceExhausted
 from zmq_autograd.node.compute import compute
-from zmq_autograd.node.current import Call, current_call
+from zmq_autograd.node.current import current_call, served_call
 from zmq_autograd.node.states import Item, checked_items, in_pieces, items_of, size_of, state_of
 from zmq_autograd.wire import Limits
 from zmq_autograd.wire.tensors import DTYPES
@@ -146,7 +146,7 @@ class ExposedModule:
 
     def _handed(self, items: Sequence[Item]) -> Handed:
         """Return what the peer is told of `items`; keep them if one message is too small."""
-        pieces = in_pieces(items, _call().peer.limits)
+        pieces = in_pieces(items, served_call().peer.limits)
         if len(pieces) <= 1:
             return list(items), None, 1
         kept = Kept()
@@ -163,10 +163,11 @@ class ExposedModule:
         most = MOST_STATES * sum(size_of(piece) + _limits().header_bytes for piece in own)
         total = sum(each.size for each in {kept, *self._kept}) + size
         if total > most:
+            name = served_call().node.name
             raise ResourceExhausted(
-                f"worker {_call().node.name!r} would keep states of {total} bytes: the limit is "
-                f"{most}, {MOST_STATES} times what the module's own takes",
-                worker=_call().node.name,
+                f"worker {name!r} would keep states of {total} bytes: the limit is {most}, "
+                f"{MOST_STATES} times what the module's own takes",
+                worker=name,
             )
         kept.pieces += pieces
         kept.size += size
@@ -203,16 +204,9 @@ class ExposedModule:
             )
 
 
-def _call() -> Call:
-    call = current_call.get()
-    if call is None:
-        raise RuntimeError("expected to be called by another worker")
-    return call
-
-
 def _limits() -> Limits:
     """Return what this worker takes in of one message."""
-    limits: Limits = _call().node.me.limits
+    limits: Limits = served_call().node.me.limits
     return limits
 
 
@@ -227,7 +221,7 @@ async def _at_once(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> 
 
 def _to(value: Any) -> Any:
     """Return an RRef to `value`."""
-    return _call().node.rrefs.keep(value)
+    return served_call().node.rrefs.keep(value)
 
 
 def _kept_by(rref: Any) -> Kept:

@@ -152,6 +152,7 @@ class Node:
             if channel is None or not channel.is_open:
                 left = None if timeout is None else max(0.0, timeout + started - loop.time())
                 channel = self._dialled[endpoint] = await self._dial(endpoint, left)
+            channel.users += 1
             return channel
 
     @asynccontextmanager

@@ -24,7 +24,7 @@ from zmq_autograd.autograd.owned_optimizer import (
 from zmq_autograd.engine import Context
 from zmq_autograd.engine.steps import clip, gradients_of, step
 from zmq_autograd.errors import ConfigurationError, ProtocolError, ResourceExhausted
-from zmq_autograd.node.current import Call, current_call
+from zmq_autograd.node.current import served_call
 from zmq_autograd.node.states import Item, checked_items, in_pieces, size_of
 from zmq_autograd.session import error_response
 from zmq_autograd.wire.limits import MIB
@@ -93,7 +93,7 @@ async def _gather(rrefs: list[Any], gathered: Any = None) -> Any:
     """Take in RRefs to more parameters; return an RRef to all of them."""
     kept = Gathered() if gathered is None else _kept(gathered, Gathered)
     kept.parameters.extend(rref.local_value() for rref in rrefs)
-    return _call().node.rrefs.keep(kept) if gathered is None else gathered
+    return served_call().node.rrefs.keep(kept) if gathered is None else gathered
 
 
 async def _create(
@@ -119,7 +119,7 @@ async def _create(
     Returns:
         An RRef to it, its defaults, and the hyperparameters of each group.
     """
-    call = _call()
+    call = served_call()
     kind = optimizer_class(name, registry, call.peer.name)
     rest = iter(_kept(gathered, Gathered).parameters)
     whole = [
@@ -138,7 +138,7 @@ async def _step(
     rref: Any, context_id: int, committed: int, groups: list[Group], seconds: float | None
 ) -> tuple[str, dict[str, Any] | None, list[Group]]:
     """Step; return the fields of an `Outcome`, its error as those of an `ErrorResponse`."""
-    node: Node = _call().node
+    node: Node = served_call().node
     optimizer = _kept(rref, Kept).optimizer
     try:
         context = await _context(context_id, committed)
@@ -158,7 +158,7 @@ async def _norms(
     """Return for each parameter its gradient's dtype and norm; None where there is none."""
     optimizer = _kept(rref, Kept).optimizer
     gradients = gradients_of(await _context(context_id, committed))
-    norms = await _call().node.compute(partial(optimizer.norms, gradients, norm_type))
+    norms = await served_call().node.compute(partial(optimizer.norms, gradients, norm_type))
     dtypes = [str(gradients[p].dtype) if p in gradients else None for p in optimizer.parameters]
     return dtypes, [None if norm is None else norm.item() for norm in norms]
 
@@ -167,12 +167,12 @@ async def _clip(rref: Any, context_id: int, committed: int, coefficient: Tensor)
     """Scale the gradients of the parameters in a context."""
     optimizer = _kept(rref, Kept).optimizer
     context = await _context(context_id, committed)
-    await clip(optimizer, _call().node.contexts, context, coefficient)
+    await clip(optimizer, served_call().node.contexts, context, coefficient)
 
 
 async def _read_state(rref: Any, number: int) -> tuple[list[Item], bool]:
     """Return a piece of the state, as it was when the first one was read, and if more follow."""
-    call, kept = _call(), _kept(rref, Kept)
+    call, kept = served_call(), _kept(rref, Kept)
     if number == 0:
         state = await call.node.compute(kept.optimizer.state)
         kept.unread = in_pieces(state_items(state), call.peer.limits) or [[]]
@@ -190,7 +190,7 @@ async def _load_state(
     Raises:
         ResourceExhausted: it is much larger than the parameters.
     """
-    call, kept = _call(), _kept(rref, Kept)
+    call, kept = served_call(), _kept(rref, Kept)
     coming = [*(kept.coming if number else ()), *checked_items(piece)]
     own = sum(parameter.nbytes for parameter in kept.optimizer.parameters)
     if size_of(coming) > MOST_STATE * own + MIB:
@@ -205,7 +205,7 @@ async def _load_state(
 
 
 async def _zero_grad(rref: Any, set_to_none: bool) -> None:
-    await _call().node.compute(partial(_kept(rref, Kept).optimizer.zero_grad, set_to_none))
+    await served_call().node.compute(partial(_kept(rref, Kept).optimizer.zero_grad, set_to_none))
 
 
 def state_items(state: Mapping[Any, Any]) -> list[Item]:
@@ -233,13 +233,6 @@ def state_from(items: list[Item]) -> dict[Any, Any]:
 # --- what they are called with -------------------------------------------------------------------
 
 
-def _call() -> Call:
-    call = current_call.get()
-    if call is None:
-        raise RuntimeError("expected to be called by another worker")
-    return call
-
-
 def _kept(rref: Any, kind: type[T]) -> T:
     value = getattr(rref, "local_value", lambda: None)()
     if not isinstance(value, kind):
@@ -249,7 +242,7 @@ def _kept(rref: Any, kind: type[T]) -> T:
 
 async def _context(context_id: int, committed: int) -> Context | None:
     """Return a context once it has the gradients of pass `committed`; None if it is not here."""
-    contexts = _call().node.contexts
+    contexts = served_call().node.contexts
     context: Context | None = contexts.reached(context_id)
     if context is not None:
         context.passes.learn_committed(committed)

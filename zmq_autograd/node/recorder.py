@@ -12,6 +12,7 @@ crashes where one that the legacy profiler saw begin ends while Kineto runs in t
 from __future__ import annotations
 
 import heapq
+import itertools
 import logging
 import threading
 import time
@@ -69,7 +70,7 @@ class Recorder:
         self._limit = limit
         self._events: list[Event] = []
         self._left_out = 0
-        self._calls = 0
+        self._calls = itertools.count(1)
         self._lock = threading.Lock()  # several threads compute for one call
 
     @property
@@ -125,8 +126,7 @@ class Recorder:
         """
         given = _call_name.get()
         name = f"call#{function}({here} -> {there})" if given is None else given
-        self._calls += 1
-        call = self._calls
+        call = next(self._calls)
         start = self.clock()
 
         def saw(value: object) -> None:

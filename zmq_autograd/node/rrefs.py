@@ -162,7 +162,9 @@ class RRefs:
             NotRegistered: there is none, or no longer, or that worker holds nothing of it.
         """
         owned = self._owned.get(rref_id)
-        if owned is None or not any(_is_same(holder, peer) for holder in owned.forks.values()):
+        if owned is None or not any(
+            _is_same(holder, peer) for holder in list(owned.forks.values())
+        ):
             who = "it" if peer is None else f"worker {peer.name!r}"
             raise self._unknown(rref_id, f"{who} holds none")
         return owned
@@ -337,13 +339,16 @@ class RRefs:
         reason = "it tells no endpoint" if not reference.endpoints else ""
         for endpoint in reference.endpoints:
             try:
-                peer = (await self._node.connect(endpoint, CLAIM_SECONDS)).peer
+                channel = await self._node.connect(endpoint, CLAIM_SECONDS)
             except ZmqAutogradError as error:
                 reason = str(error)
                 continue
-            if peer.incarnation == reference.incarnation:
-                return peer
-            reason = f"at {endpoint} there is another worker, {peer.name!r}"
+            if channel.peer.incarnation == reference.incarnation:
+                return channel.peer
+            reason = f"at {endpoint} there is another worker, {channel.peer.name!r}"
+            channel.users -= 1
+            if not channel.users:
+                channel.close("it is not the worker that was looked for")
         raise _unreachable(reference, reason)
 
     def _tell_accepted(self, fork: Fork, parent: Any) -> None:

@@ -126,7 +126,7 @@ class DistributedOptimizer(Optimizer):
 
         Cancelling it withdraws it where its turn has not come.
         """
-        _check_context(context)
+        self._check_context(context)
         seconds = shortened(checked_timeout(timeout))
         for before in self._optimizer_step_pre_hooks.values():
             before(self, (context,), {})
@@ -143,6 +143,16 @@ class DistributedOptimizer(Optimizer):
 
     # Torch would wrap it to run its hooks, which it does before anything has been awaited.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _check_context(self, context: Context) -> None:
+        if not isinstance(context, Context):
+            raise ConfigurationError(
+                "expected the context whose gradients are to be used, got a "
+                f"{type(context).__name__}"
+            )
+        context.check_open()
+        for part in self._parts:
+            part.check_context(context)
 
     def _hyperparameters(self) -> list[Group]:
         return [
@@ -198,7 +208,7 @@ class DistributedOptimizer(Optimizer):
 
         If it raises anything but the first, or is cancelled, some gradients may be clipped.
         """
-        _check_context(context)
+        self._check_context(context)
         timeout, norm_type = checked_timeout(timeout), float(norm_type)
         found = await _all(part.norms(context, norm_type, timeout) for part in self._parts)
         norms: dict[int, Norm] = {}
@@ -328,15 +338,6 @@ def _check_class(kind: Any) -> None:
             "LBFGS evaluates the loss again within a step, by a closure, which cannot be done on "
             "another worker: use another optimizer"
         )
-
-
-def _check_context(context: Any) -> None:
-    if not isinstance(context, Context):
-        raise ConfigurationError(
-            f"expected the context whose gradients are to be used, got a {type(context).__name__}"
-        )
-    if context.is_ended:
-        raise context.ended_error()
 
 
 async def _parts_of(recipe: Recipe, groups: list[Group]) -> list[Part]:

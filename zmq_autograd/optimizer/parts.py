@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -20,17 +21,15 @@ from zmq_autograd.autograd.owned_optimizer import (
 from zmq_autograd.engine import Context
 from zmq_autograd.engine.steps import clip, gradients_of, step
 from zmq_autograd.errors import (
-    ConfigurationError,
     NotRegistered,
     ProtocolError,
     RemoteError,
-    ResourceExhausted,
     SerializationError,
 )
 from zmq_autograd.node import compute
 from zmq_autograd.node.optimizers import PREFIX, state_from, state_items
-from zmq_autograd.node.states import checked_items, in_pieces
-from zmq_autograd.remote import RemoteWorker
+from zmq_autograd.node.states import Item, checked_items, in_pieces
+from zmq_autograd.remote import RemoteWorker, has_not_left
 from zmq_autograd.rref import RRef
 from zmq_autograd.session import exception_from
 from zmq_autograd.wire.messages import ErrorResponse
@@ -86,6 +85,9 @@ class Part(Protocol):
     defaults: Group
     hyperparameters: list[Group]
 
+    def check_context(self, context: Context) -> None:
+        """Raise ContextError if `context` cannot be one that its parameters were used in."""
+
     def name_in(self, context: Context) -> str:
         """Return the name of its worker; `context` is one of this side's worker."""
 
@@ -125,6 +127,9 @@ class LocalPart:
         self._optimizer = OwnedOptimizer(recipe.kind, groups, recipe.args, recipe.kwargs)
         self.defaults = self._optimizer.defaults
         self.hyperparameters = self._optimizer.hyperparameters
+
+    def check_context(self, context: Context) -> None:
+        pass  # parameters of this process may be used by any worker in it
 
     def name_in(self, context: Context) -> str:
         return context.table.host.name
@@ -167,6 +172,8 @@ class RemotePart:
         self.defaults, self.hyperparameters = made
         self._owner = owner
         self._rref = rref
+        # Of a state in pieces there is one at a time, each way, at the owner.
+        self._moving_state = asyncio.Lock()
 
     @classmethod
     async def create(
@@ -210,6 +217,9 @@ class RemotePart:
         defaults, hyperparameters = made
         return cls(owner, rref, numbers, (defaults, hyperparameters))
 
+    def check_context(self, context: Context) -> None:
+        self._owner.check_context(context)
+
     def name_in(self, context: Context) -> str:
         return self._owner.name
 
@@ -239,21 +249,23 @@ class RemotePart:
         await self._ask_about(context, "clip", timeout, coefficient)
 
     async def read_state(self, timeout: float | None) -> dict[Any, Any]:
-        items, more = [], True
-        number = 0
-        while more:
-            piece, more = await self._ask("read_state", timeout, number)
-            items += checked_items(piece)
-            number += 1
+        items: list[Item] = []
+        more, number = True, 0
+        async with self._moving_state:
+            while more:
+                piece, more = await self._ask("read_state", timeout, number)
+                items += checked_items(piece)
+                number += 1
         return state_from(items)
 
     async def load_state(
         self, state: Mapping[Any, Any], groups: list[Group], timeout: float | None
     ) -> None:
         *pieces, last = in_pieces(state_items(state), self._owner.limits) or [[]]
-        for number, piece in enumerate(pieces):
-            await self._ask("load_state", timeout, number, piece, None)
-        await self._ask("load_state", timeout, len(pieces), last, groups)
+        async with self._moving_state:
+            for number, piece in enumerate(pieces):
+                await self._ask("load_state", timeout, number, piece, None)
+            await self._ask("load_state", timeout, len(pieces), last, groups)
 
     async def zero_grad(self, set_to_none: bool, timeout: float | None) -> None:
         await self._ask("zero_grad", timeout, set_to_none)
@@ -276,9 +288,7 @@ def _may_have_begun(error: Exception) -> bool:
     # What the step itself raises comes in an outcome, which may be what cannot travel.
     if isinstance(error, RemoteError):
         return error.type_name == SerializationError.__name__
-    if isinstance(error, ResourceExhausted):
-        return bool(error.path)
-    return not isinstance(error, (SerializationError, ConfigurationError))  # of this side
+    return not has_not_left(error)
 
 
 def _outcome(reply: Any, owner: str) -> Outcome:
