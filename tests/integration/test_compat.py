@@ -182,6 +182,22 @@ def test_a_call_that_takes_too_long_ends(me: str) -> None:
     assert rpc.rpc_sync(me, program.wait, timeout=0)
 
 
+def test_what_is_left_of_the_time_is_left_for_the_fetch(
+    me: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rref = rpc.remote(me, program.wait, args=(0.1,))
+    given: list[float] = []
+    agent = rpc._get_current_rpc_agent()
+    monkeypatch.setattr(agent, "call", lambda *arguments: given.append(arguments[-1]))
+    monkeypatch.setattr(rref, "is_owner", lambda: False)
+    rref.to_here(timeout=DEADLINE)
+    assert 0 < given[0] < DEADLINE - 0.05
+    slow = rpc.remote(me, program.wait)
+    monkeypatch.setattr(slow, "is_owner", lambda: False)
+    with pytest.raises(RuntimeError, match="RPC ran for more than"):
+        slow.to_here(timeout=0.05)
+
+
 def test_callbacks_may_call_and_wait(me: str) -> None:
     def again(done: torch.futures.Future[int]) -> int:
         result: int = rpc.rpc_async(me, program.add, args=(done.wait(), 1)).then(once_more).wait()

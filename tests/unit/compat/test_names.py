@@ -171,7 +171,16 @@ def test_a_function_that_comes_later_is_found(program: Any, names: Names) -> Non
 
 @pytest.mark.parametrize(
     "module",
-    ["os", "subprocess", "builtins", "importlib.util", "torch", "torch.serialization", "torch.hub"],
+    [
+        "os",
+        "subprocess",
+        "builtins",
+        "importlib.util",
+        "torch",
+        "torch.serialization",
+        "torch.hub",
+        "torch.testing._internal.common_utils",
+    ],
 )
 def test_the_modules_of_python_and_torch_cannot_be_allowed(module: str) -> None:
     with pytest.raises(ValueError, match="not the program's own"):

@@ -25,6 +25,7 @@ SHOW_OR_TRUST_MEMORY = (
     *("empty", "empty_like", "empty_strided", "as_strided", "as_strided_copy", "resize_as_"),
     *("fbgemm_linear_fp16_weight", "fbgemm_pack_gemm_matrix_fp16", "quantized_gru_cell"),
     *("mkldnn_rnn_layer", "cudnn_convolution", "sparse_coo_tensor", "sparse_csr_tensor"),
+    *("native_batch_norm", "native_layer_norm", "batch_norm_elemt", "batch_norm_stats"),
 )
 OF_A_TENSOR = (
     *("set_", "resize_", "data_ptr", "untyped_storage", "storage", "numpy", "share_memory_"),

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Awaitable, Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
@@ -86,6 +87,7 @@ class Agent:
         self._unreachable: set[str] = set()
         self._local_ids = itertools.count()
         self._rrefs: WeakSet[PyRRef[Any]] = WeakSet()
+        self._rrefs_lock = threading.RLock()  # they come and go in any thread
         self._active = 0  # calls made that have not ended, but for those that control the group
         self._started = 0
         self._serving = 0
@@ -150,21 +152,27 @@ class Agent:
     def hold(self, rref: PyRRef[Any]) -> None:
         """Remember what this worker holds of others."""
         if not rref.is_owner():
-            self._rrefs.add(rref)
+            with self._rrefs_lock:
+                self._rrefs.add(rref)
 
     def delete_rrefs(self) -> None:
         """Let go of what this worker holds of others."""
-        for rref in list(self._rrefs):
+        for rref in self._held_rrefs():
             rref._delete()
-        self._rrefs.clear()
+        with self._rrefs_lock:
+            self._rrefs.clear()
 
     def held_rrefs(self) -> int:
         """Return how many RRefs this worker holds of others."""
-        return len(self._rrefs)
+        return len(self._held_rrefs())
 
     def pending_rrefs(self) -> int:
         """Return how many RRefs this worker holds of others whose calls have not ended."""
-        return sum(rref._is_pending() for rref in list(self._rrefs))
+        return sum(rref._is_pending() for rref in self._held_rrefs())
+
+    def _held_rrefs(self) -> list[PyRRef[Any]]:
+        with self._rrefs_lock:
+            return list(self._rrefs)
 
     # --- calling ---------------------------------------------------------------------------------
 

@@ -23,9 +23,6 @@ from zmq_autograd.compat.rpc.errors import CannotTravel, NotAllowed
 
 T = TypeVar("T")
 
-_MODULES_OF_TORCH: Final = ("torch.testing.",)
-"""Of torch's own modules only those that test it may be allowed."""
-
 _VALUE_TYPES: Final[tuple[type, ...]] = (
     *(bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, slice, range),
     *(type(None), Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
@@ -72,12 +69,14 @@ class Names:
         """
         if not isinstance(module, str) or not all(map(str.isidentifier, module.split("."))):
             raise ValueError(f"allow_module: expected the name of a module, got {module!r}")
-        top = module.partition(".")[0]
-        is_of_torch = top == "torch" and not module.startswith(_MODULES_OF_TORCH)
-        if is_of_torch or top in sys.stdlib_module_names - {"__main__"}:
+        if module.partition(".")[0] in sys.stdlib_module_names - {"__main__"} | {"torch"}:
             raise ValueError(
                 f"allow_module: {module!r} is not the program's own: register single functions"
             )
+        self._allow(module)
+
+    def _allow(self, module: str) -> None:
+        """Allow a module, whosever it is: torch's own tests are in modules of torch's."""
         self._allowed.setdefault(program_module(module), {})
 
     def register(self, target: T) -> T:

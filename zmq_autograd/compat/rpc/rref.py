@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
@@ -157,8 +158,13 @@ class PyRRef(Generic[T]):
         if self.is_owner():
             return self.local_value()
         self._check_not_deleted("call to_here() on it")
-        self._taken(self._agent.seconds(timeout))
-        value: T = self._agent.call(self._owner, _fetch, (self,), {}, timeout)
+        seconds = self._agent.seconds(timeout)
+        began = time.monotonic()
+        self._taken(seconds)
+        left = 0.0 if seconds is None else seconds - (time.monotonic() - began)
+        if left <= 0 and seconds is not None:
+            raise timed_out(seconds)
+        value: T = self._agent.call(self._owner, _fetch, (self,), {}, left)
         return value
 
     def _taken(self, seconds: float | None) -> za.RRef:

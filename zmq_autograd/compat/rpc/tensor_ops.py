@@ -78,7 +78,7 @@ _LEFT_OUT: Final = frozenset(
 
 _LEFT_OUT_PREFIXES: Final = (
     *("fbgemm_", "quantized_", "choose_qparams", "mkldnn_", "miopen_", "cudnn_"),  # packed pointers
-    *("sparse_", "unsafe_"),  # indices that nothing checks
+    *("sparse_", "unsafe_", "native_", "batch_norm_"),  # what nothing checks: indices, sizes
 )
 
 _LAYER_METHODS: Final = (
