@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import gc
+import weakref
 import pickle
 from typing import Any
 
@@ -570,3 +571,35 @@ async def test_an_rref_is_neither_copied_nor_pickled(pair: Pair) -> None:
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="pass it on"):
             copied(rref)
+
+
+async def test_an_rref_that_comes_home_from_one_who_lost_it_is_refused_alone() -> None:
+    async with running("alice", "bob") as fleet:
+        offer_counter(fleet["bob"])
+        keeper = offer_keeper(fleet["bob"])
+        alice = fleet["alice"]
+        bob = await fleet.way("alice", "bob")
+        mine = alice.rref(1)
+        # As after a lost session: nobody holds it there by what bob knows.
+        lost = Reference("bob", fleet["bob"].incarnation, 1, 2)
+        with pytest.raises(za.NotRegistered, match="worker 'bob' has no RRef 1"):
+            await bob.request(za.messages.ForwardRequest("keeper.keep", (lost, [mine])))
+        assert keeper.kept == []
+        gc.collect()
+        await until(lambda: alice.status()["rrefs"] == NOTHING | {"owned": 1, "forks": 1})
+        assert await bob.call("keeper.give") == []  # the session goes on
+        del mine
+        await gone(fleet)
+
+
+async def test_a_closed_worker_goes_though_what_it_registered_holds_its_rrefs() -> None:
+    async def life() -> list[weakref.ref[Any]]:
+        async with za.Worker("bob") as bob:
+            keeper = offer_keeper(bob)
+            keeper.kept = [bob.rref(Counter()) for _ in range(3)]
+            return [weakref.ref(keeper), weakref.ref(bob), weakref.ref(keeper.kept[0])]
+
+    left = await life()
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [reference() for reference in left] == [None, None, None]

@@ -5,9 +5,9 @@ from zmq_autograd.node.codecs import Codecs
 from zmq_autograd.node.compute import compute
 from zmq_autograd.node.current import current_call, current_modes
 from zmq_autograd.node.dispatcher import Dispatcher, Handler
+from zmq_autograd.node.forks import Fork, Held
 from zmq_autograd.node.node import Node
 from zmq_autograd.node.registry import RESERVED_PREFIX, Expose, Registry
-from zmq_autograd.node.rrefs import Fork, Held
 
 __all__ = [
     "Channel",

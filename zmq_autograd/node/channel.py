@@ -19,7 +19,8 @@ from zmq_autograd.errors import (
     ZmqAutogradError,
 )
 from zmq_autograd.node.current import shortened
-from zmq_autograd.node.rrefs import Given, RRefs
+from zmq_autograd.node.forks import Given
+from zmq_autograd.node.rrefs import RRefs
 from zmq_autograd.session import (
     Action,
     Close,
@@ -58,7 +59,7 @@ class ChannelOwner(Protocol):
         """Hear that the channel is gone.  Called once, opened or not."""
 
     def take(self, channel: Channel, message: Message) -> Message:
-        """Return a message that arrived as whoever gets it sees it.  Raises ProtocolError."""
+        """Return a message that arrived as whoever gets it sees it."""
 
     @property
     def rrefs(self) -> RRefs:
@@ -281,19 +282,11 @@ class Channel:
         self.bytes_received += sum(frame.nbytes for frame in frames)
         try:
             envelope, message = open_envelope(frames, self._owner.me.limits, adopt=True)
-            message = self._taken(envelope, message)
         except ProtocolError as error:
             self._perform(self._session.receive_malformed(error))
         else:
-            self._perform(self._session.receive(envelope, message))
+            self._perform(self._session.receive(envelope, self._owner.take(self, message)))
         self._arm()
-
-    def _taken(self, envelope: Envelope, message: Message) -> Message:
-        try:
-            return self._owner.take(self, message)
-        except ProtocolError as error:
-            error.request_id, error.is_reply = envelope.request_id, isinstance(message, Reply)
-            raise
 
     def message_refused(self, link: Link, reason: str) -> None:
         """Take in that a message over the limits was thrown away."""

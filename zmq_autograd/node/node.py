@@ -22,8 +22,9 @@ from zmq_autograd.node.codecs import Codecs
 from zmq_autograd.node.compute import ComputePool
 from zmq_autograd.node.current import shortened
 from zmq_autograd.node.dispatcher import Dispatcher
+from zmq_autograd.node.forks import Fork, Held
 from zmq_autograd.node.registry import Registry
-from zmq_autograd.node.rrefs import Fork, Held, RRefs
+from zmq_autograd.node.rrefs import RRefs
 from zmq_autograd.node.torch_profiles import carry
 from zmq_autograd.session import HandleRequest, Identity, checked_timeout, error_response
 from zmq_autograd.transport import Link, Listener, Transports

@@ -8,12 +8,9 @@ fork; on the other side, that a fork is not let go before those that were made o
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import weakref
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from zmq_autograd import ids
@@ -24,10 +21,8 @@ from zmq_autograd.errors import (
     WorkerLost,
     ZmqAutogradError,
 )
-from zmq_autograd.node.registry import Entry, Turns
+from zmq_autograd.node.forks import Fork, Given, Held, M, Owned, is_same, with_values
 from zmq_autograd.wire.messages import (
-    ForwardRequest,
-    ForwardResponse,
     Message,
     Reply,
     Request,
@@ -35,82 +30,19 @@ from zmq_autograd.wire.messages import (
     RRefAcceptResponse,
     RRefDeleteRequest,
     RRefDeleteResponse,
-    RRefFetchResponse,
     RRefForkRequest,
     RRefForkResponse,
 )
 from zmq_autograd.wire.objects import Reference
-from zmq_autograd.wire.values import contains, replaced
 
 if TYPE_CHECKING:
     from zmq_autograd.node.node import Node
-
-M = TypeVar("M", bound=Message)
 
 CLAIM_SECONDS: Final = 10.0
 """Seconds to reach the owner of an RRef that was passed on, and have it count the new holder."""
 
 CLAIMS_AT_ONCE: Final = 4
 """How many owners are dialled at once for the RRefs that come from one worker."""
-
-
-@dataclass(slots=True, eq=False)
-class Fork:
-    """One holder's reference: what the object that a user holds stands on.
-
-    Attributes:
-        rref_id: the value.
-        fork_id: this reference.
-        reference: who the value's owner is, and where.
-        peer: the owner, None on the owner itself and until it has been reached.
-        is_claimed: the owner counts it, or was asked to in vain.
-        is_let_go: nobody holds it any more.
-    """
-
-    rref_id: int
-    fork_id: int
-    reference: Reference
-    peer: Any = None
-    is_claimed: bool = True
-    is_let_go: bool = False
-
-
-class Held:
-    """Base of what users hold of an RRef: letting go of the object lets go of its fork."""
-
-    __slots__ = ("__weakref__", "fork")
-
-    def __init__(self, fork: Fork) -> None:
-        self.fork = fork
-
-    def __reduce__(self) -> NoReturn:
-        # A copy would share the fork, and lose it with the object that it was made of.
-        raise TypeError("an RRef cannot be copied or pickled: pass it on in a call")
-
-
-@dataclass(slots=True, eq=False)
-class Owned:
-    """A value that lives here.
-
-    Attributes:
-        value: it.
-        turns: lets its methods run in turn; None before one is asked for.
-        methods: those that its class offers, by name; None likewise.
-        forks: who holds it, by fork id: the peer, None for this worker itself.
-    """
-
-    value: Any
-    turns: Turns | None = None
-    methods: dict[str, Entry] | None = None
-    forks: dict[int, Any] = field(default_factory=dict)
-
-    def turn(self) -> AbstractAsyncContextManager[None]:
-        """Return what is entered to have no method of it running."""
-        return nullcontext() if self.turns is None else self.turns.here()
-
-
-Given = list[tuple[int, int]]
-"""The forks that were made for one message: the value's id and the fork's, each time."""
 
 
 class RRefs:
@@ -131,6 +63,8 @@ class RRefs:
         # Forks that were sent, until the new holder tells that they are counted: what they were
         # made of, and the new holder.
         self._pending: dict[int, tuple[Held, Any]] = {}
+        # Of what users hold here, by id.
+        self._forks: dict[int, Fork] = {}
         # By parent, so that none can have this worker dial without bounds, or keep it from others.
         self._reaching: WeakKeyDictionary[Any, asyncio.Semaphore] = WeakKeyDictionary()
         # The tasks that have owners count forks, until somebody awaits them.  Not with the forks:
@@ -162,9 +96,7 @@ class RRefs:
             NotRegistered: there is none, or no longer, or that worker holds nothing of it.
         """
         owned = self._owned.get(rref_id)
-        if owned is None or not any(
-            _is_same(holder, peer) for holder in list(owned.forks.values())
-        ):
+        if owned is None or not any(is_same(holder, peer) for holder in list(owned.forks.values())):
             who = "it" if peer is None else f"worker {peer.name!r}"
             raise self._unknown(rref_id, f"{who} holds none")
         return owned
@@ -192,33 +124,36 @@ class RRefs:
 
     def _hold(self, fork: Fork) -> Held:
         """Make what a user holds of `fork`, which is counted, or will be."""
-        if self.is_mine(fork.reference):
+        if fork.is_refused:
+            pass
+        elif self.is_mine(fork.reference):
             self._owned[fork.rref_id].forks[fork.fork_id] = None
         else:
             self._held += 1
         held = self._make(fork)
-        # The table outlives what it holds for, so that letting go may come from any thread.
-        weakref.finalize(held, self._collected, fork).atexit = False
+        self._forks[fork.fork_id] = fork
+        # What a finalizer refers to lives as long as the object: not this table, then, nor the
+        # fork, which both lead to what may hold the object.
+        weakref.finalize(
+            held, _collected, weakref.ref(self), self._loop, fork.fork_id
+        ).atexit = False
         return held
 
     def is_mine(self, reference: Reference) -> bool:
         """Tell whether the value lives on this worker."""
         return reference.incarnation == self._node.me.incarnation
 
-    def _collected(self, fork: Fork) -> None:
-        """Let go of a fork, from whichever thread collects garbage."""
-        try:
-            self._loop.call_soon_threadsafe(self._let_go, fork)
-        except RuntimeError:
-            return  # the loop is closed: all that was held has gone with it
-
-    def _let_go(self, fork: Fork) -> None:
+    def let_go(self, fork_id: int) -> None:
+        """Take in that what a user held of a fork is no more."""
+        fork = self._forks.pop(fork_id, None)
+        self._claims.pop(fork_id, None)
+        if fork is None or fork.is_refused:
+            return
+        fork.is_let_go = True
         if self.is_mine(fork.reference):
-            self._drop(fork.rref_id, fork.fork_id)
+            self._drop(fork.rref_id, fork_id)
             return
         self._held -= 1
-        self._claims.pop(fork.fork_id, None)
-        fork.is_let_go = True
         if fork.is_claimed:
             self._tell_deleted(fork)
 
@@ -238,7 +173,7 @@ class RRefs:
             return reference
 
         try:
-            return _with_values(message, Held, refer), given
+            return with_values(message, Held, refer), given
         except BaseException:  # raised by a container of the user's
             self.taken_back(given)
             raise
@@ -267,24 +202,31 @@ class RRefs:
 
         Also of a message that nobody awaits: what is made of it here is let go of again.
         """
-        return _with_values(message, Reference, lambda reference: self._take(reference, peer))
+        return with_values(message, Reference, lambda reference: self._take(reference, peer))
 
     def _take(self, reference: Reference, peer: Any) -> Held:
         fork = Fork(reference.rref_id, reference.fork_id, reference)
         if self.is_mine(reference):
-            try:
-                owned = self.owned(fork.rref_id, peer)
-            except NotRegistered as error:
-                raise ProtocolError(f"an RRef came back: {error.message}") from error
-            if not _is_same(owned.forks.get(fork.fork_id, peer), peer):
-                raise ProtocolError(f"an RRef came back: fork {fork.fork_id} of it is another's")
             self._tell_accepted(fork, peer)
+            if not self._may_come_home(fork, peer):
+                # Who waits for the claims of a message hears of it; the others in it are good.
+                fork.is_refused = True
+                unknown = self._unknown(fork.rref_id, f"worker {peer.name!r} holds none")
+                self._claims[fork.fork_id] = self._node.spawn(_refuse(unknown))
         elif reference.incarnation == peer.incarnation:
             fork.peer = peer  # the owner counts what it sends
         else:
             fork.is_claimed = False
             self._claims[fork.fork_id] = self._node.spawn(self._claim(fork, peer))
         return self._hold(fork)
+
+    def _may_come_home(self, fork: Fork, peer: Any) -> bool:
+        owned = self._owned.get(fork.rref_id)
+        return (
+            owned is not None
+            and any(is_same(holder, peer) for holder in owned.forks.values())
+            and is_same(owned.forks.get(fork.fork_id, peer), peer)
+        )
 
     async def until_claimed(self, message: Message, until: float | None = None) -> None:
         """Wait until the owners count all RRefs in `message`, which was taken.
@@ -305,7 +247,7 @@ class RRefs:
                 claims.append((held.fork.reference.owner, claim))
             return held
 
-        _with_values(message, Held, look)
+        with_values(message, Held, look)
         for owner, claim in claims:
             try:
                 async with asyncio.timeout_at(until):
@@ -379,21 +321,21 @@ class RRefs:
             raise self._unknown(request.rref_id, "its last holder let go or was lost")
         if not peer.is_connected:
             raise WorkerLost(peer.name, peer.incarnation, "it is gone")
-        if not _is_same(owned.forks.setdefault(request.fork_id, peer), peer):
+        if not is_same(owned.forks.setdefault(request.fork_id, peer), peer):
             raise ProtocolError(f"fork {request.fork_id} of RRef {request.rref_id} is another's")
         return RRefForkResponse()
 
     async def accept(self, request: RRefAcceptRequest, peer: Any) -> RRefAcceptResponse:
         """Let go of what a fork was made of, which is counted now."""
         pending = self._pending.get(request.fork_id)
-        if pending is not None and _is_same(pending[1], peer):
+        if pending is not None and is_same(pending[1], peer):
             del self._pending[request.fork_id]
         return RRefAcceptResponse()
 
     async def delete(self, request: RRefDeleteRequest, peer: Any) -> RRefDeleteResponse:
         """Take in that a holder let go."""
         owned = self._owned.get(request.rref_id)
-        if owned is not None and _is_same(owned.forks.get(request.fork_id), peer):
+        if owned is not None and is_same(owned.forks.get(request.fork_id), peer):
             self._drop(request.rref_id, request.fork_id)
         return RRefDeleteResponse()
 
@@ -413,11 +355,19 @@ class RRefs:
         self._pending.clear()
 
 
-def _is_same(holder: Any, peer: Any) -> bool:
-    """Tell whether two are the same worker, over whichever session; None is this worker itself."""
-    if holder is None or peer is None:
-        return holder is peer
-    return bool(holder.incarnation == peer.incarnation)
+def _collected(table: weakref.ref[RRefs], loop: asyncio.AbstractEventLoop, fork_id: int) -> None:
+    """Let go of a fork, from whichever thread collects garbage."""
+    rrefs = table()
+    if rrefs is None:
+        return
+    try:
+        loop.call_soon_threadsafe(rrefs.let_go, fork_id)
+    except RuntimeError:
+        return  # the loop is closed: all that was held has gone with it
+
+
+async def _refuse(error: ZmqAutogradError) -> None:
+    raise error
 
 
 def _unreachable(reference: Reference, reason: str) -> WorkerLost:
@@ -426,21 +376,3 @@ def _unreachable(reference: Reference, reason: str) -> WorkerLost:
         reference.incarnation,
         f"it owns an RRef that was passed on, and cannot be reached: {reason}",
     )
-
-
-_VALUES: Final[dict[type[Message], tuple[str, ...]]] = {
-    ForwardRequest: ("args", "kwargs"),
-    ForwardResponse: ("result",),
-    RRefFetchResponse: ("value",),
-}
-"""The fields that hold values of users."""
-
-
-def _with_values(message: M, kind: type, replace: Callable[[Any], Any]) -> M:
-    """Return `message` with whatever in its values is of `kind` replaced."""
-    changed = {}
-    for name in _VALUES.get(type(message), ()):
-        value = getattr(message, name)
-        if contains(value, kind):
-            changed[name] = replaced(value, kind, replace)
-    return cast(M, dataclasses.replace(cast(Any, message), **changed)) if changed else message

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zmq_autograd.errors import WorkerLost, ZmqAutogradError
-from zmq_autograd.node.rrefs import Held, RRefs
+from zmq_autograd.node.forks import Held
+from zmq_autograd.node.rrefs import RRefs
 from zmq_autograd.wire.messages import ForwardRequest, ForwardResponse, Reply, Request
 
 NAMES = ("alice", "bob", "carol")
