@@ -337,6 +337,20 @@ async def test_who_falls_silent_in_a_step_is_unknown(fate: str) -> None:
         assert mine.item() == 4
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), -1.0, "soon"])
+async def test_a_time_that_is_none_is_refused_before_anything_waits(seconds: Any) -> None:
+    async with setting() as there:
+        remote = there.remotes[0]
+        gathered = await remote.call("za.optimizer.gather", [there.params[1]])
+        optimizer, *_ = await remote.call(
+            "za.optimizer.create", "torch.optim.SGD", gathered, [1], [{}], [], {}
+        )
+        step = remote.function("za.optimizer.step", timeout=DEADLINE)
+        status, error, _ = await step(optimizer, 1, 0, [{}], seconds)
+        assert status == "not applied"
+        assert "expected seconds >= 0 or None" in error["text"]
+
+
 @pytest.mark.parametrize(
     ("function", "args"),
     [

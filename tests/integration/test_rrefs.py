@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import copy
 import gc
-import weakref
 import pickle
+import weakref
 from typing import Any
 
 import pytest

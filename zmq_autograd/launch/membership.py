@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from zmq_autograd.errors import DeadlineExceeded, ProtocolError, WorkerLost
 from zmq_autograd.launch.store import Entry
+from zmq_autograd.session import checked_timeout
 
 __all__ = ["Membership", "Stand"]
 
@@ -151,7 +152,8 @@ class Membership:
         even_if_lost: bool = False,
     ) -> None:
         try:
-            async with asyncio.timeout(timeout):
+            # What a member sent: not a number, it would upset the loop's timers.
+            async with asyncio.timeout(checked_timeout(timeout)):
                 while not over():
                     if self._lost and not even_if_lost:
                         raise _loss(*self._lost)

@@ -26,7 +26,7 @@ from zmq_autograd.engine.steps import clip, gradients_of, step
 from zmq_autograd.errors import ConfigurationError, ProtocolError, ResourceExhausted
 from zmq_autograd.node.current import served_call
 from zmq_autograd.node.states import Item, checked_items, in_pieces, size_of
-from zmq_autograd.session import error_response
+from zmq_autograd.session import checked_timeout, error_response
 from zmq_autograd.wire.limits import MIB
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ async def _step(
     node: Node = served_call().node
     optimizer = _kept(rref, Kept).optimizer
     try:
+        seconds = checked_timeout(seconds)  # not a number, it would upset the loop's timers
         context = await _context(context_id, committed)
     except Exception as error:  # noqa: BLE001  # whatever it is, nothing has begun
         outcome = Outcome("not applied", error)
