@@ -158,7 +158,9 @@ SCHEDULERS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), SCHEDULERS, ids=named)
+@pytest.mark.parametrize(
+    ("kind", "options"), SCHEDULERS, ids=[kind.__name__ for kind, _ in SCHEDULERS]
+)
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=repr)
 async def test_schedulers_change_the_next_step(
     kind: Callable[..., Any], options: dict[str, Any], lr: Any
