@@ -21,8 +21,9 @@ demo: env
 	@echo; echo "2. A model in three workers, trained as in one process"; echo
 	@$(BIN)/python examples/multi_node.py
 
+# Tests mostly wait, for processes above all: three at a time take the two cores of a small machine.
 test: env
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 3 --dist loadfile
 
 # PyTorch's own tests of its distributed RPC and autograd, over zmq_autograd.compat.
 conformance: env

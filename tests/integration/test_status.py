@@ -65,6 +65,7 @@ async def test_it_tells_of_its_sessions(pair: Pair) -> None:
         "sessions_left_out": 0,
         "contexts": [],
         "contexts_left_out": 0,
+        "rrefs": {"owned": 0, "forks": 0, "held": 0, "pending": 0},
     }
     (session,) = alice.status()["sessions"]
     assert (session["peer"], session["address"]) == ("bob", bob.endpoints[0])
@@ -324,12 +325,14 @@ STATUS = {
         }
     ],
     "contexts_left_out": 0,
+    "rrefs": {"owned": 1234, "forks": 2000, "held": 3, "pending": 0},
 }
 
 TEXT = """\
 worker       bob
 incarnation  00000000000000000000000000000000
 listens on   tcp://127.0.0.1:5555, ipc:///run/bob
+rrefs        1,234 owned, 2,000 forks, 3 held, 0 pending
 
 sessions: 1,002
   peer       address                bytes sent  bytes received  requests to it  from it
