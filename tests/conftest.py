@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -32,8 +33,13 @@ _frozen_modules = 0
 
 
 def pytest_configure() -> None:
-    """Have the processes that tests start compute in one thread each: there are many of them."""
+    """Set up what the processes that tests start inherit."""
+    # Each computes in one thread: there are many of them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A shell has its background jobs ignore SIGINT, and they their children, who have to hear it.
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
