@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 from zmq_autograd.autograd.anomaly import check_nan, recording
+from zmq_autograd.errors import ProtocolError
 from zmq_autograd.wire.messages import Modes
 from zmq_autograd.wire.tensors import DTYPES
+
+T = TypeVar("T")
 
 _AUTOCAST_DEVICES: Final = ("cpu", "cuda")
 
@@ -59,6 +62,18 @@ def served_call() -> Call:
     if call is None:
         raise RuntimeError("expected to be called by another worker")
     return call
+
+
+def served_value(rref: Any, kind: type[T], what: str) -> T:
+    """Return the value, of `kind` and this worker's, of an RRef that the served call came with.
+
+    Raises:
+        ProtocolError: it is something else than `what`, as its text says.
+    """
+    value = getattr(rref, "local_value", lambda: None)()
+    if not isinstance(value, kind):
+        raise ProtocolError(f"expected an RRef to {what}")
+    return value
 
 
 class _Thread(threading.local):

@@ -73,6 +73,10 @@ class Owned:
     methods: dict[str, Entry] | None = None
     forks: dict[int, Any] = field(default_factory=dict)
 
+    def is_held_by(self, peer: Any) -> bool:
+        """Tell whether `peer` holds it, None for this worker itself; from any thread."""
+        return any(is_same(holder, peer) for holder in list(self.forks.values()))
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         """Return what is entered to have no method of it running."""
         return nullcontext() if self.turns is None else self.turns.here()

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from zmq_autograd.engine import current_scope
-from zmq_autograd.errors import ConfigurationError, ProtocolError, ResourceExhausted
+from zmq_autograd.errors import ConfigurationError, ResourceExhausted
 from zmq_autograd.node.compute import compute
-from zmq_autograd.node.current import current_call, served_call
+from zmq_autograd.node.current import current_call, served_call, served_value
 from zmq_autograd.node.states import Item, checked_items, in_pieces, items_of, size_of, state_of
 from zmq_autograd.wire import Limits
 from zmq_autograd.wire.tensors import DTYPES
@@ -225,7 +225,4 @@ def _to(value: Any) -> Any:
 
 
 def _kept_by(rref: Any) -> Kept:
-    value = getattr(rref, "local_value", lambda: None)()
-    if not isinstance(value, Kept):
-        raise ProtocolError("expected an RRef to a state that is kept")
-    return value
+    return served_value(rref, Kept, "a state that is kept")

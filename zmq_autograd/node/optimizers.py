@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,8 +23,8 @@ from zmq_autograd.autograd.owned_optimizer import (
 )
 from zmq_autograd.engine import Context
 from zmq_autograd.engine.steps import clip, gradients_of, step
-from zmq_autograd.errors import ConfigurationError, ProtocolError, ResourceExhausted
-from zmq_autograd.node.current import served_call
+from zmq_autograd.errors import ConfigurationError, ResourceExhausted
+from zmq_autograd.node.current import served_call, served_value
 from zmq_autograd.node.states import Item, checked_items, in_pieces, size_of
 from zmq_autograd.session import checked_timeout, error_response
 from zmq_autograd.wire.limits import MIB
@@ -32,8 +32,6 @@ from zmq_autograd.wire.limits import MIB
 if TYPE_CHECKING:
     from zmq_autograd.node.node import Node
     from zmq_autograd.node.registry import Registry
-
-T = TypeVar("T")
 
 PREFIX: Final = "za.optimizer."
 
@@ -91,7 +89,7 @@ def optimizer_class(name: str, registry: Registry, peer: str) -> type[Optimizer]
 
 async def _gather(rrefs: list[Any], gathered: Any = None) -> Any:
     """Take in RRefs to more parameters; return an RRef to all of them."""
-    kept = Gathered() if gathered is None else _kept(gathered, Gathered)
+    kept = Gathered() if gathered is None else _gathered(gathered)
     kept.parameters.extend(rref.local_value() for rref in rrefs)
     return served_call().node.rrefs.keep(kept) if gathered is None else gathered
 
@@ -121,7 +119,7 @@ async def _create(
     """
     call = served_call()
     kind = optimizer_class(name, registry, call.peer.name)
-    rest = iter(_kept(gathered, Gathered).parameters)
+    rest = iter(_gathered(gathered).parameters)
     whole = [
         {**group, "params": [next(rest) for _ in range(count)]}
         for group, count in zip(groups, counts, strict=True)
@@ -139,7 +137,7 @@ async def _step(
 ) -> tuple[str, dict[str, Any] | None, list[Group]]:
     """Step; return the fields of an `Outcome`, its error as those of an `ErrorResponse`."""
     node: Node = served_call().node
-    optimizer = _kept(rref, Kept).optimizer
+    optimizer = _kept(rref).optimizer
     try:
         seconds = checked_timeout(seconds)  # not a number, it would upset the loop's timers
         context = await _context(context_id, committed)
@@ -157,7 +155,7 @@ async def _norms(
     rref: Any, context_id: int, committed: int, norm_type: float
 ) -> tuple[list[str | None], list[float | None]]:
     """Return for each parameter its gradient's dtype and norm; None where there is none."""
-    optimizer = _kept(rref, Kept).optimizer
+    optimizer = _kept(rref).optimizer
     gradients = gradients_of(await _context(context_id, committed))
     norms = await served_call().node.compute(partial(optimizer.norms, gradients, norm_type))
     dtypes = [str(gradients[p].dtype) if p in gradients else None for p in optimizer.parameters]
@@ -166,14 +164,14 @@ async def _norms(
 
 async def _clip(rref: Any, context_id: int, committed: int, coefficient: Tensor) -> None:
     """Scale the gradients of the parameters in a context."""
-    optimizer = _kept(rref, Kept).optimizer
+    optimizer = _kept(rref).optimizer
     context = await _context(context_id, committed)
     await clip(optimizer, served_call().node.contexts, context, coefficient)
 
 
 async def _read_state(rref: Any, number: int) -> tuple[list[Item], bool]:
     """Return a piece of the state, as it was when the first one was read, and if more follow."""
-    call, kept = served_call(), _kept(rref, Kept)
+    call, kept = served_call(), _kept(rref)
     if number == 0:
         state = await call.node.compute(kept.optimizer.state)
         kept.unread = in_pieces(state_items(state), call.peer.limits) or [[]]
@@ -191,7 +189,7 @@ async def _load_state(
     Raises:
         ResourceExhausted: it is much larger than the parameters.
     """
-    call, kept = served_call(), _kept(rref, Kept)
+    call, kept = served_call(), _kept(rref)
     coming = [*(kept.coming if number else ()), *checked_items(piece)]
     own = sum(parameter.nbytes for parameter in kept.optimizer.parameters)
     if size_of(coming) > MOST_STATE * own + MIB:
@@ -206,7 +204,8 @@ async def _load_state(
 
 
 async def _zero_grad(rref: Any, set_to_none: bool) -> None:
-    await served_call().node.compute(partial(_kept(rref, Kept).optimizer.zero_grad, set_to_none))
+    optimizer = _kept(rref).optimizer
+    await served_call().node.compute(partial(optimizer.zero_grad, set_to_none))
 
 
 def state_items(state: Mapping[Any, Any]) -> list[Item]:
@@ -234,11 +233,12 @@ def state_from(items: list[Item]) -> dict[Any, Any]:
 # --- what they are called with -------------------------------------------------------------------
 
 
-def _kept(rref: Any, kind: type[T]) -> T:
-    value = getattr(rref, "local_value", lambda: None)()
-    if not isinstance(value, kind):
-        raise ProtocolError(f"expected an RRef to what is called {kind.__name__}")
-    return value
+def _kept(rref: Any) -> Kept:
+    return served_value(rref, Kept, "what is called Kept")
+
+
+def _gathered(rref: Any) -> Gathered:
+    return served_value(rref, Gathered, "what is called Gathered")
 
 
 async def _context(context_id: int, committed: int) -> Context | None:

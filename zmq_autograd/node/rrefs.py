@@ -96,7 +96,7 @@ class RRefs:
             NotRegistered: there is none, or no longer, or that worker holds nothing of it.
         """
         owned = self._owned.get(rref_id)
-        if owned is None or not any(is_same(holder, peer) for holder in list(owned.forks.values())):
+        if owned is None or not owned.is_held_by(peer):
             who = "it" if peer is None else f"worker {peer.name!r}"
             raise self._unknown(rref_id, f"{who} holds none")
         return owned
@@ -224,7 +224,7 @@ class RRefs:
         owned = self._owned.get(fork.rref_id)
         return (
             owned is not None
-            and any(is_same(holder, peer) for holder in owned.forks.values())
+            and owned.is_held_by(peer)
             and is_same(owned.forks.get(fork.fork_id, peer), peer)
         )
 
@@ -239,6 +239,8 @@ class RRefs:
             DeadlineExceeded: an owner has not answered by then.
             ZmqAutogradError: one cannot be reached, or knows nothing of it.
         """
+        if not self._claims:  # so it is for nearly all messages, which need not be searched
+            return
         claims: list[tuple[str, asyncio.Task[None]]] = []
 
         def look(held: Held) -> Held:
