@@ -436,7 +436,7 @@ def test_a_timeout_has_to_be_one(port: int) -> None:
 # --- processes -------------------------------------------------------------------------------
 
 RING = """
-    import asyncio
+    import asyncio, sys
     import zmq_autograd as za
 
     async def main():
@@ -456,7 +456,8 @@ RING = """
                 first = await worker.peer("worker1")
                 assert await first.call("passed", 10, 2) == 12
             await worker.barrier()
-            print("rank", worker.rank, "of", worker.world_size, "got", got)
+            # In one write: under torch's launcher all ranks write to one pipe.
+            sys.stdout.write(f"rank {worker.rank} of {worker.world_size} got {got}\\n")
 
     asyncio.run(main())
 """
@@ -483,8 +484,10 @@ async def run(*arguments: str, **variables: str) -> tuple[int | None, str, str]:
 async def test_one_script_runs_under_either_launcher(tmp_path: Path) -> None:
     script = tmp_path / "ring.py"
     script.write_text(textwrap.dedent(RING))
-    ours = await run("-m", "zmq_autograd", "launch", "-n", "3", str(script))
-    torchs = await run("-m", "torch.distributed.run", "--nproc-per-node", "3", str(script))
+    unbuffered = {"PYTHONUNBUFFERED": "1"}
+    launched = ("--nproc-per-node", "3", str(script))
+    ours = await run("-m", "zmq_autograd", "launch", "-n", "3", str(script), **unbuffered)
+    torchs = await run("-m", "torch.distributed.run", *launched, **unbuffered)
     assert (ours[0], torchs[0]) == (0, 0), ours[2] + torchs[2]
     expected = ["rank 0 of 3 got [12]", "rank 1 of 3 got [10]", "rank 2 of 3 got [11]"]
     assert sorted(ours[1].splitlines()) == [f"[{line[5]}] {line}" for line in expected]
