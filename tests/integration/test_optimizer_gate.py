@@ -37,10 +37,16 @@ class Server:
         self.meeting = asyncio.Barrier(2)
         self.worker = za.Worker(name, listen=memory_endpoint())
         self.worker.register(self.net, "net", expose="module")
+        self.worker.register(self.total, "total")
         self.worker.register(self.frozen, "frozen")
         self.worker.register(self.meet, "meet")
         self.worker.register(self.note, "note")
         self.worker.register(self.value, "value")
+
+    def total(self, x: Tensor) -> Tensor:
+        """Compute something that leads to all parameters."""
+        output: Tensor = self.net(x)
+        return output.sum()
 
     def frozen(self, x: Tensor) -> Tensor:
         """Compute something that leads to no parameter."""
@@ -159,17 +165,44 @@ async def test_a_step_waits_for_a_context_that_needs_its_parameters(freeing: str
         assert not torch.equal(server.value(), before)
 
 
-async def test_a_step_waits_for_a_result_that_is_kept_as_an_rref() -> None:
+@pytest.mark.parametrize("freeing", ["pass", "pass from it", "letting go", "step"])
+async def test_a_step_waits_for_a_result_that_is_kept_as_an_rref(freeing: str) -> None:
     async with (
         training("reader", "stepper") as (server, (reader, stepper)),
         reader.worker.context() as ctx,
     ):
         x = torch.ones(1, 3, dtype=torch.float64)
-        rref = await reader.remote.remote("net.forward", x)
+        rref: za.RRef | None = await reader.remote.remote("total", x)
         step = apart(stepper.train(1))
         assert await is_waiting(server, step)
-        await ctx.backward((await rref.to_here()).sum())
-        await reader.optimizer.step(ctx)
+        match freeing:
+            case "pass":
+                assert rref is not None
+                await ctx.backward(await rref.to_here())
+            case "pass from it":
+                assert rref is not None
+                await ctx.backward(rref)
+            case "letting go":
+                rref = None
+            case "step":
+                await reader.optimizer.step(ctx)
+        await asyncio.wait_for(step, DEADLINE)
+
+
+async def test_a_step_waits_for_a_kept_result_whose_graph_no_pass_has_freed() -> None:
+    async with (
+        training("reader", "stepper") as (server, (reader, stepper)),
+        reader.worker.context() as ctx,
+    ):
+        x = torch.ones(1, 3, dtype=torch.float64)
+        rref = await reader.remote.remote("total", x)
+        step = apart(stepper.train(1))
+        await ctx.backward(await reader.loss())  # which was computed beside it
+        assert await is_waiting(server, step)
+        total = await rref.to_here()
+        await ctx.backward(total, retain_graph=True)
+        assert await is_waiting(server, step)
+        await ctx.backward(total)
         await asyncio.wait_for(step, DEADLINE)
 
 

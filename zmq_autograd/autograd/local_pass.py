@@ -178,6 +178,21 @@ class LocalPass:
             self._finish()
         return emissions
 
+    def spent(self) -> set[Node]:
+        """Return the nodes that the pass has run, once it is complete, and that cannot run again.
+
+        None are told of a pass for some inputs alone: torch runs only what leads to these.
+        """
+        if self._retain_graph or not self._all_leaves:
+            return set()
+        used = (self._slots[root][index] for root, index in self._used)
+        has_run = {slot[0] for slot in used if slot is not None}
+        for number, nexts in enumerate(self._graph.nexts):
+            if number in has_run:
+                has_run.update(slot[0] for slot in nexts if slot is not None)
+        is_freed = self._freed_nodes()
+        return {self._graph.nodes[number] for number in has_run if is_freed[number]}
+
     # --- planning --------------------------------------------------------------------------------
 
     def _found(self, inputs: Sequence[Tensor]) -> dict[Slot, Tensor]:

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.weak import TensorWeakRef
 
 from zmq_autograd.autograd.accumulate import accumulated, added
-from zmq_autograd.autograd.functions import ReceiveFunction, SendFunction, is_differentiable
+from zmq_autograd.autograd.functions import (
+    ReceiveFunction,
+    SendFunction,
+    is_differentiable,
+)
+from zmq_autograd.autograd.walk import leaves_of
 from zmq_autograd.errors import ProtocolError
+
+
+class KeptResult:
+    """What was computed and kept here, as the value of an RRef, for a later pass.
+
+    Attributes:
+        leaves: what it was computed from.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of `tensors`."""
+        # Weakly: it is not for this to keep their graph, and no pass comes to what was dropped.
+        self._tensors = [TensorWeakRef(tensor) for tensor in tensors]
+        self.leaves = leaves_of(self.nodes())
+
+    def nodes(self) -> list[Node]:
+        """Return where in the graph a pass may still come to it."""
+        tensors = (tensor() for tensor in self._tensors)
+        nodes = (tensor.grad_fn for tensor in tensors if tensor is not None)
+        return [node for node in nodes if node is not None]
 
 
 class Record:
@@ -20,8 +47,8 @@ class Record:
         sends: by message id.
         receives: by message id.
         gradients: by leaf, the sum over all passes that are complete.
-        kept: the leaves that results which were kept here, as RRefs, were computed from; compute
-            threads add to it.
+        kept: what was kept here, as far as no pass has freed its graph.  A dict, so that compute
+            threads may add to it.
     """
 
     def __init__(self, context_id: int) -> None:
@@ -30,7 +57,7 @@ class Record:
         self.sends: dict[int, SendFunction] = {}
         self.receives: dict[int, ReceiveFunction] = {}
         self.gradients: dict[Tensor, Tensor] = {}
-        self.kept: set[Tensor] = set()
+        self.kept: dict[KeptResult, None] = {}
 
     def send(self, message_id: int, peer: Any, tensors: Iterable[Tensor]) -> bool:
         """Record that `tensors` leave in one message; say whether any of them is on the graph.
@@ -62,6 +89,18 @@ class Record:
         # program a message was made.
         sends = sorted(self.sends.values(), key=lambda send: send.message_id ^ self.context_id)
         return [send for send in sends if any(edge is not None for edge in send.edges)]
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Record that `tensors` are kept here; from any thread."""
+        kept = KeptResult(tensors)
+        if kept.leaves:
+            self.kept[kept] = None
+
+    def forget_kept(self, spent: Container[Node] = ()) -> None:
+        """Forget what was kept and dropped since, or computed by `spent` nodes alone."""
+        for kept in list(self.kept):
+            if all(node in spent for node in kept.nodes()):
+                del self.kept[kept]
 
     def summed(self, grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor, Tensor]:
         """Return the gradients with those of a pass that is complete everywhere, which are used up.

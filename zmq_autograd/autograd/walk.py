@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from zmq_autograd.autograd.functions import leaf_of, receive_of
@@ -69,6 +70,12 @@ def walk(roots: Iterable[Node], at_most: float = math.inf) -> Walk:
         for node in nodes
     ]
     return Walk(nodes, nexts, numbers)
+
+
+def leaves_of(roots: Iterable[Node]) -> frozenset[Tensor]:
+    """Return the leaves that `roots` lead to."""
+    found = map(leaf_of, walk(roots).nodes)
+    return frozenset(leaf for leaf in found if leaf is not None)
 
 
 def _ordered(

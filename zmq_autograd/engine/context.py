@@ -75,10 +75,10 @@ def reading() -> AbstractAsyncContextManager[None]:
 
 
 def keeps(results: Iterable[Tensor]) -> None:
-    """Take in that what was computed here is kept: see `gate.Gate.keeps`."""
+    """Take in that what was computed here is kept for a later pass: see `gate.Gate`."""
     scope = current_scope.get()
     if scope is not None:
-        scope.context.table.gate.keeps(scope.context, results)
+        scope.context.record.keep(results)
 
 
 class Context:

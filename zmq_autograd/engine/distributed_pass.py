@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from zmq_autograd.autograd.functions import RECEIVE_NAME, SEND_NAME, ReceiveFunction
 from zmq_autograd.autograd.local_pass import Emission, LocalPass, Root, Wanted, walk_from
@@ -146,8 +146,9 @@ class Pass:
         self._is_computing = False
         self._has_gradients = False
         self._gradients: dict[Tensor, Tensor] = {}
-        # Roots' edges whose graph cannot be run again.
+        # Roots' edges whose graph cannot be run again, and nodes, as far as these matter.
         self._freed: list[tuple[int, int]] = []
+        self._spent: set[Node] = set()
         self._task = host.spawn(self._run())
 
     @property
@@ -186,6 +187,8 @@ class Pass:
         for root, index in self._freed:
             if root:
                 self._sends[root - 1].free(index)
+        self._context.record.forget_kept(self._spent)
+        self._spent.clear()
         gradients, self._gradients = self._gradients, {}
         return gradients
 
@@ -285,6 +288,8 @@ class Pass:
                     self._host.spawn(self._propagate(receive, grads))
                 await asyncio.sleep(0)  # they have left, or the pass is aborted
         self._gradients, self._freed = local.gradients, local.freed
+        if self._context.record.kept:
+            self._spent = await self._compute(local.spent)
 
     def _planned(self, at_most: float = math.inf) -> LocalPass:
         """Return the plan of this worker's part; raise `TooManyNodes` if it has so many."""

@@ -8,16 +8,14 @@ wait for each other in a ring.  Owns which calls run in which context, and which
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Set
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from zmq_autograd.autograd.functions import edge_of, leaf_of
-from zmq_autograd.autograd.walk import walk
+from zmq_autograd.autograd.walk import leaves_of
 from zmq_autograd.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -115,12 +113,8 @@ class Gate:
         if any(running.context is context for running in self._running):
             return True
         record = context.record
+        record.forget_kept()
         return bool(record.kept) or any(send.leaves != frozenset() for send in record.roots())
-
-    def keeps(self, context: Context, results: Iterable[Tensor]) -> None:
-        """Take in that what a call in `context` has computed is kept here, for a later pass."""
-        edges = [edge_of(tensor) for tensor in results if tensor.grad_fn is not None]
-        context.record.kept.update(_leaves(edges))
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -213,17 +207,14 @@ class Gate:
         )
 
 
-def _read_by(context: Context) -> Iterator[Set[Tensor]]:
+def _read_by(context: Context) -> Iterator[frozenset[Tensor]]:
     """Yield the leaves that the parts of its graph lead to."""
-    yield context.record.kept
+    context.record.forget_kept()
+    for kept in list(context.record.kept):
+        yield kept.leaves
     for send in context.record.roots():
         if send.leaves is None:
-            send.leaves = _leaves(edge for edge in send.edges if edge is not None)
+            send.leaves = leaves_of(edge.node for edge in send.edges if edge is not None)
         yield send.leaves
     for losses in context.passes.losses:
-        yield _leaves(losses.edges)
-
-
-def _leaves(edges: Iterable[GradientEdge]) -> frozenset[Tensor]:
-    nodes = walk(edge.node for edge in edges).nodes
-    return frozenset(leaf for leaf in map(leaf_of, nodes) if leaf is not None)
+        yield leaves_of(edge.node for edge in losses.edges)

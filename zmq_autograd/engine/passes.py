@@ -92,6 +92,7 @@ class Passes:
             self._causes.pop(asked_id, None)
             self._begun.discard(asked_id)
             running.cancel()
+            self._context.table.gate.changed()
         await self.until_committed()
         if self._commit_error is not None:
             raise self._commit_error

@@ -259,6 +259,10 @@ class Node:
         keeps(tensors_in(value))
         return self.rrefs.keep(value)
 
+    def value_dropped(self) -> None:
+        """Take in that nobody holds a value any more: a step may wait for that."""
+        self.contexts.gate.changed()
+
     async def call_method(
         self,
         rref_id: int,

@@ -119,6 +119,7 @@ class RRefs:
             owned.forks.pop(fork_id, None)
             if not owned.forks:
                 del self._owned[rref_id]
+                self._node.value_dropped()
 
     # --- holding ---------------------------------------------------------------------------------
 

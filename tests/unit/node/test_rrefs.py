@@ -121,6 +121,9 @@ class Worker:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
+    def value_dropped(self) -> None:
+        """Nothing here waits for that."""
+
     async def ask(self, peer: Peer) -> None:
         """Hold what `peer` held last, too."""
         answer = await peer.request(ForwardRequest("give"))
