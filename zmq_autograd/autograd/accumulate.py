@@ -114,6 +114,19 @@ def _set_grad(leaf: Tensor, grad: Tensor | None) -> None:
     leaf.grad = grad
 
 
+def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
+    """Return a copy of a gradient with the strides that torch gives it.
+
+    By its "gradient layout contract" these are the leaf's, if its elements fill its memory without
+    gaps; else it is contiguous.
+    """
+    if grad.layout is not torch.strided or leaf.layout is not torch.strided:
+        return grad.clone()
+    if torch.empty_like(leaf, device="meta").stride() != leaf.stride():
+        return grad.clone(memory_format=torch.contiguous_format)
+    return grad.new_empty_strided(leaf.shape, leaf.stride()).copy_(grad)
+
+
 def _run_accumulators(leaves: list[Tensor], grads: dict[Tensor, Tensor]) -> None:
     """Leave in ``.grad`` of `leaves` their gradients out of `grads`."""
     for leaf in leaves:
@@ -121,9 +134,7 @@ def _run_accumulators(leaves: list[Tensor], grads: dict[Tensor, Tensor]) -> None
     # A leaf's tensor hooks ran when its gradient was found.  Its accumulator would run them again,
     # so here is done what that does besides.
     for leaf in filter(has_tensor_hooks, leaves):
-        grad = grads.pop(leaf)
-        form = None if grad.is_sparse else torch.contiguous_format
-        _set_grad(leaf, grad.clone(memory_format=form))
+        _set_grad(leaf, _laid_out(grads.pop(leaf), leaf))
         with torch.no_grad():
             for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
                 hook(leaf)

@@ -117,6 +117,7 @@ class OwnedOptimizer:
             group.update(hyperparameters, params=group["params"])  # which are not for peers to set
         before = self._mark()
         try:
+            self._check_fused()
             with grads_swapped({p: gradients.get(p) for p in self.parameters}):
                 self._optimizer.step()
             changed = [
@@ -126,6 +127,21 @@ class OwnedOptimizer:
         except BaseException as error:  # noqa: BLE001  # SystemExit too: the holder hears of it
             return Outcome("not applied" if before.still_holds(self._mark()) else "unknown", error)
         return Outcome("applied", changed=changed)
+
+    def _check_fused(self) -> None:
+        """Raise ConfigurationError if a fused step would read or write beyond the state.
+
+        Torch's fused kernels go through the memory of parameters and state alike, and check neither
+        shapes nor strides; both may be a peer's.
+        """
+        for group in self._optimizer.param_groups if self._is_torchs else ():
+            for parameter in group["params"] if group.get("fused") else ():
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    if key != "step" and not _is_laid_out(value, parameter):
+                        raise ConfigurationError(
+                            f"a fused step needs a state {key!r} that is laid out as its parameter "
+                            f"of shape {list(parameter.shape)}, got {_layout(value)}"
+                        )
 
     def _mark(self) -> _Mark:
         # What goes past torch's version counters (``p.data.add_()``) only its copy shows.  Torch's
@@ -172,8 +188,24 @@ class OwnedOptimizer:
             {**new, "params": [next(numbers) for _ in group["params"]]}
             for group, new in zip(self._optimizer.param_groups, groups, strict=True)
         ]
+        laid_out = {number: self._laid_out(number, values) for number, values in state.items()}
         with self._lock:
-            self._optimizer.load_state_dict({"state": dict(state), "param_groups": param_groups})
+            self._optimizer.load_state_dict({"state": laid_out, "param_groups": param_groups})
+
+    def _laid_out(self, number: Any, values: Any) -> Any:
+        """Return the state of a parameter, its tensors with the strides that torch makes them with.
+
+        What has travelled is contiguous.
+        """
+        if not isinstance(values, Mapping) or number not in range(len(self.parameters)):
+            return values
+        like = self.parameters[number]
+        return {
+            key: torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)
+            if isinstance(value, Tensor) and value.shape == like.shape and not value.is_sparse
+            else value
+            for key, value in values.items()
+        }
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Clear the parameters' ``.grad``, which is not what a step that runs has there."""
@@ -202,6 +234,26 @@ class _Mark:
             and all(a is b for a, b in zip(self.values, now.values, strict=True))
             and all(torch.equal(a, b) for a, b in zip(self.copies, now.copies, strict=True))
         )
+
+
+def _is_laid_out(value: Any, parameter: Tensor) -> bool:
+    return value is None or (
+        isinstance(value, Tensor)
+        and (value.shape, value.layout) == (parameter.shape, parameter.layout)
+        and _strides(value) == _strides(parameter)
+    )
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Return the strides that tell where an element is: those of single elements do not."""
+    return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def _layout(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    strides = f" and strides {value.stride()}" if value.layout is torch.strided else ""
+    return f"one of shape {list(value.shape)}{strides}"
 
 
 def _version(value: Any) -> int:
