@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor
 
-from zmq_autograd.engine import Context
+from zmq_autograd.engine import Context, local_context
 from zmq_autograd.errors import ConfigurationError, NotRegistered, ProtocolError
 from zmq_autograd.node import Held
 from zmq_autograd.node.states import Item, checked_items, in_pieces, items_of, state_of
@@ -163,7 +163,7 @@ class RemoteModule:
             ContextError: the context has ended, or is another worker's.
             ZmqAutogradError: as for `RemoteWorker.call`.
         """
-        with context.entered():
+        with local_context(context).entered():
             items = await self._read("gradients")
         return {key: value for _, key, value in items}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zmq_autograd.autograd.functions import cut_off
-from zmq_autograd.engine import Context, Contexts, Scope, current_scope
+from zmq_autograd.engine import Context, Contexts, LocalContext, Scope, current_scope
 from zmq_autograd.errors import (
     ConfigurationError,
     ContextError,
@@ -232,7 +232,7 @@ class RemoteWorker:
 
     def context(self) -> Context:
         """Return a new context of this side's worker; see `Worker.context`."""
-        return self._home.contexts.new()
+        return self._home.contexts.new().user
 
     # --- what RRefs do here ----------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class RemoteWorker:
             saw(reply.profiler_events)
             return reply
 
-    def check_context(self, context: Context) -> None:
+    def check_context(self, context: LocalContext) -> None:
         """Raise ContextError if `context` is another worker's than the one that holds this."""
         if context.table is not self._home.contexts:
             raise ContextError(
@@ -353,7 +353,10 @@ class RemoteWorker:
             )
 
     async def _exchange(
-        self, context: Context, message: ForwardRequest | RRefFetchRequest, timeout: float | None
+        self,
+        context: LocalContext,
+        message: ForwardRequest | RRefFetchRequest,
+        timeout: float | None,
     ) -> ForwardResponse | RRefFetchResponse:
         """Send what belongs to a context, and put the tensors of the reply on its graph."""
         try:

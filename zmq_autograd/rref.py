@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from zmq_autograd.engine import BACKWARD_TIMEOUT, Context
+from zmq_autograd.engine import BACKWARD_TIMEOUT, Context, local_context
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node import Fork, Held
 from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker
@@ -146,8 +146,9 @@ class RRef(Held):
             self.rref_id, context.context_id, retain_graph, accumulate_grad
         )
         reply = await self._peer.request(request, timeout=timeout)
-        context.passes.learn_committed(cast(RRefBackwardResponse, reply).committed)
-        await context.passes.until_committed()
+        passes = local_context(context).passes
+        passes.learn_committed(cast(RRefBackwardResponse, reply).committed)
+        await passes.until_committed()
 
     async def _at_owner(
         self,

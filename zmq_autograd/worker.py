@@ -345,7 +345,7 @@ class Worker:
         Raises:
             ConfigurationError: the worker is not running.
         """
-        return self._running_node().contexts.new()
+        return self._running_node().contexts.new().user
 
     def rref(self, value: Any) -> RRef:
         """Return an RRef to a value of this worker's own, to be passed on (torch: ``RRef(value)``).
@@ -434,7 +434,7 @@ async def connect(
 def current_context() -> Context | None:
     """Return the context that the running code is in, None outside of one."""
     scope = current_scope.get()
-    return None if scope is None else scope.context
+    return None if scope is None else scope.context.user
 
 
 def current_worker() -> Worker | None:

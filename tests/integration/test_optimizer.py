@@ -515,7 +515,7 @@ async def test_what_an_owner_refuses_is_raised() -> None:
 async def test_a_step_needs_a_context_that_lasts() -> None:
     async with setting() as there:
         optimizer = await za.DistributedOptimizer.create(torch.optim.SGD, there.params)
-        with pytest.raises(za.ConfigurationError, match="expected the context"):
+        with pytest.raises(za.ConfigurationError, match="expected a context"):
             await optimizer.step(None)  # type: ignore[arg-type]
         async with there.trainer.context() as ctx:
             pass

@@ -29,7 +29,7 @@ from tests.integration.fleets import Fleet, running
 from zmq_autograd.node import defaults
 from zmq_autograd.node.profiled import MAX_EVENTS
 from zmq_autograd.node.recorder import CallRecorder, call_named
-from zmq_autograd.node.torch_profiles import NODE_IDS
+from zmq_autograd.node.torch_events import NODE_IDS
 
 pytestmark = pytest.mark.timeout(60)
 

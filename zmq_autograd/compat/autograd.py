@@ -21,7 +21,7 @@ from torch.autograd.profiler import record_function
 
 from zmq_autograd.compat import inspect_graph
 from zmq_autograd.compat.rpc import state
-from zmq_autograd.engine import Context, current_scope, current_span
+from zmq_autograd.engine import LocalContext, current_scope, current_span
 from zmq_autograd.errors import ContextError, RemoteError, ZmqAutogradError
 from zmq_autograd.node.torch_profiles import recorder_here
 
@@ -44,7 +44,7 @@ def is_available() -> bool:
 class DistAutogradContext:
     """What a program may look at of a context on this worker."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: LocalContext) -> None:
         """Show `context`."""
         self._context = context
 
@@ -109,7 +109,9 @@ def backward(context_id: int, roots: Sequence[Tensor], retain_graph: bool = Fals
     token = current_span.set(nullcontext if recorder is None else recorder.span)
     try:
         with record_function(_BACKWARD_NAME):
-            agent.portal.run(found.backward, list(roots), retain_graph=retain_graph, timeout=None)
+            agent.portal.run(
+                found.user.backward, list(roots), retain_graph=retain_graph, timeout=None
+            )
     except ContextError as error:
         raise RuntimeError(_not_found(context_id) if found.is_ended else str(error)) from error
     except RemoteError as error:
@@ -167,7 +169,7 @@ def _new_context() -> DistAutogradContext:
     if current_scope.get() is not None:
         raise RuntimeError("Already have an autograd context id for this thread")
     opened = agent.contexts.new((_worker_id << _COUNTER_BITS) + next(_numbers))
-    agent.portal.run(opened.__aenter__)
+    agent.portal.run(opened.user.__aenter__)
     return DistAutogradContext(opened)
 
 
@@ -213,7 +215,7 @@ def _get_debug_info() -> dict[str, str]:
     }
 
 
-def _find(context_id: int) -> Context:
+def _find(context_id: int) -> LocalContext:
     agent = state.agent()
     try:
         return agent.portal.call(agent.contexts.get, context_id)

@@ -65,7 +65,7 @@ class DistributedOptimizer:
         """
         context = autograd._find(context_id)
         try:
-            state.agent().portal.run(self._optimizer.step, context)
+            state.agent().portal.run(self._optimizer.step, context.user)
         except PartialStepError:
             raise
         except ZmqAutogradError as error:

@@ -15,6 +15,7 @@ from zmq_autograd.engine.context import Context
 from zmq_autograd.engine.distributed_pass import Settings, Told
 from zmq_autograd.engine.gate import Gate
 from zmq_autograd.engine.host import Host, Peer, tell
+from zmq_autograd.engine.local_context import LocalContext
 from zmq_autograd.errors import ContextError, ResourceExhausted, WorkerLost
 from zmq_autograd.session import exception_from
 from zmq_autograd.wire.messages import (
@@ -60,30 +61,37 @@ class Contexts:
         """Make an empty table for the worker `host`."""
         self.host = host
         self.gate = Gate(host.name, self)
-        self._contexts: dict[int, Context] = {}
+        self._contexts: dict[int, LocalContext] = {}
         # When each ended, and by whose loss, if that was why.
         self._ended: OrderedDict[int, tuple[float, str]] = OrderedDict()
 
-    def __iter__(self) -> Iterator[Context]:
+    def __iter__(self) -> Iterator[LocalContext]:
         return iter(list(self._contexts.values()))
 
     def __len__(self) -> int:
         return len(self._contexts)
 
     def __contains__(self, context: object) -> bool:
-        return isinstance(context, Context) and self._contexts.get(context.context_id) is context
+        return (
+            isinstance(context, LocalContext) and self._contexts.get(context.context_id) is context
+        )
 
     # --- making and finding ----------------------------------------------------------------------
 
-    def new(self, context_id: int | None = None) -> Context:
+    def new(self, context_id: int | None = None) -> LocalContext:
         """Return a context that this worker owns; it is there once it is entered.
 
         Args:
             context_id: its id, which no other context of any worker has; by default a random one.
         """
-        return Context(context_id or ids.random_id(), self.host, self, None)
+        return self._made(context_id or ids.random_id(), None)
 
-    def add(self, context: Context) -> None:
+    def _made(self, context_id: int, parent: Peer | None) -> LocalContext:
+        made = LocalContext(context_id, self.host, self, parent)
+        made.user = Context(made)
+        return made
+
+    def add(self, context: LocalContext) -> None:
         """Have a new context from now on.
 
         Raises:
@@ -93,7 +101,7 @@ class Contexts:
             raise context.error("it has been entered already: open one for each task")
         self._contexts[context.context_id] = context
 
-    def join(self, context_id: int, peer: Peer, *, from_owner: bool) -> Context:
+    def join(self, context_id: int, peer: Peer, *, from_owner: bool) -> LocalContext:
         """Return the context that a call of `peer`'s came in, made if it is new here.
 
         Args:
@@ -113,7 +121,7 @@ class Contexts:
                     f"worker {self.host.name!r} has {MAX_CONTEXTS} contexts: that is the limit",
                     worker=self.host.name,
                 )
-            context = self._contexts[context_id] = Context(context_id, self.host, self, peer)
+            context = self._contexts[context_id] = self._made(context_id, peer)
         context.peers.setdefault(peer)
         if from_owner and context.owner is None:
             context.owner = peer
@@ -127,12 +135,12 @@ class Contexts:
             reason = f"context {context_id} on worker {self.host.name!r} ended with it"
             raise WorkerLost(lost, reason=reason)
 
-    def _of(self, context_id: int, peer: Peer) -> Context | None:
+    def _of(self, context_id: int, peer: Peer) -> LocalContext | None:
         """Return a context that `peer` has to do with; any other is none of its business."""
         context = self._contexts.get(context_id)
         return context if context is not None and peer in context.peers else None
 
-    def find(self, context_id: int, peer: Peer) -> Context:
+    def find(self, context_id: int, peer: Peer) -> LocalContext:
         """Return a context that `peer` has to do with.
 
         Raises:
@@ -140,7 +148,7 @@ class Contexts:
         """
         return self._there(context_id, self._of(context_id, peer))
 
-    def get(self, context_id: int) -> Context:
+    def get(self, context_id: int) -> LocalContext:
         """Return a context of this worker.
 
         Raises:
@@ -148,13 +156,13 @@ class Contexts:
         """
         return self._there(context_id, self._contexts.get(context_id))
 
-    def _there(self, context_id: int, context: Context | None) -> Context:
+    def _there(self, context_id: int, context: LocalContext | None) -> LocalContext:
         if context is None:
             self._check_not_ended(context_id)
             raise self._unknown(context_id)
         return context
 
-    def reached(self, context_id: int) -> Context | None:
+    def reached(self, context_id: int) -> LocalContext | None:
         """Return a context of this worker, None if it has not come here.
 
         Raises:
@@ -271,7 +279,9 @@ class Contexts:
 
     # --- ending ----------------------------------------------------------------------------------
 
-    async def clean_up(self, context: Context, source: Peer | None = None, lost: str = "") -> None:
+    async def clean_up(
+        self, context: LocalContext, source: Peer | None = None, lost: str = ""
+    ) -> None:
         """End `context` here and on every worker behind; never raises because of one of those.
 
         Args:
@@ -297,7 +307,7 @@ class Contexts:
         for context in self:
             self._forget(context)
 
-    def _forget(self, context: Context, lost: str = "") -> None:
+    def _forget(self, context: LocalContext, lost: str = "") -> None:
         self._contexts.pop(context.context_id, None)
         self._remember(context.context_id, lost)
         context.end(lost)

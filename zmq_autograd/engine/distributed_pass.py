@@ -30,7 +30,7 @@ from zmq_autograd.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from zmq_autograd.engine.context import Context
+    from zmq_autograd.engine.local_context import LocalContext
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class Pass:
 
     def __init__(
         self,
-        context: Context,
+        context: LocalContext,
         host: Host,
         settings: Settings,
         losses: Losses,

@@ -19,7 +19,7 @@ from zmq_autograd.autograd.walk import leaves_of
 from zmq_autograd.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
-    from zmq_autograd.engine.context import Context
+    from zmq_autograd.engine.local_context import LocalContext
 
 HELD_SECONDS: Final = 1.0
 """Seconds for which a call of a context that reads nothing yet is held back while a step waits."""
@@ -29,7 +29,7 @@ HELD_SECONDS: Final = 1.0
 class Running:
     """A call that runs: it may read any parameter."""
 
-    context: Context
+    context: LocalContext
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +42,7 @@ class Step:
         turn: done when it may.
     """
 
-    context: Context
+    context: LocalContext
     leaves: frozenset[Tensor]
     turn: asyncio.Future[None]
 
@@ -50,7 +50,7 @@ class Step:
 class Gate:
     """See the module."""
 
-    def __init__(self, worker: str, contexts: Iterable[Context]) -> None:
+    def __init__(self, worker: str, contexts: Iterable[LocalContext]) -> None:
         """Make the gate of the worker of that name, which has `contexts`, at any time."""
         self._worker = worker
         self._contexts = contexts
@@ -65,7 +65,7 @@ class Gate:
     # --- calls -----------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def call(self, context: Context) -> AsyncIterator[None]:
+    async def call(self, context: LocalContext) -> AsyncIterator[None]:
         """Let a call in `context` run, once no step does.
 
         While a step waits, a call of a context that reads nothing here yet is held back, too: for
@@ -96,7 +96,7 @@ class Gate:
             self._pauses -= 1
             self.changed()
 
-    async def _admitted(self, context: Context) -> None:
+    async def _admitted(self, context: LocalContext) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + HELD_SECONDS
         while self._waiting and not self._reads(context) and loop.time() < until:
@@ -108,7 +108,7 @@ class Gate:
         while self._stepping is not None:
             await self._opened.wait()
 
-    def _reads(self, context: Context) -> bool:
+    def _reads(self, context: LocalContext) -> bool:
         """Tell whether `context` has a call that runs, or may have a graph, since its last step."""
         if any(running.context is context for running in self._running):
             return True
@@ -118,7 +118,7 @@ class Gate:
 
     # --- steps -----------------------------------------------------------------------------------
 
-    def finished_reading(self, context: Context) -> None:
+    def finished_reading(self, context: LocalContext) -> None:
         """Take in that `context` asks for a step: whatever it has read by now, it is done with."""
         self._running = {running for running in self._running if running.context is not context}
         for send in context.record.sends.values():
@@ -128,7 +128,7 @@ class Gate:
 
     @asynccontextmanager
     async def step(
-        self, context: Context, leaves: frozenset[Tensor], seconds: float | None
+        self, context: LocalContext, leaves: frozenset[Tensor], seconds: float | None
     ) -> AsyncIterator[None]:
         """Wait for the turn of a step; while the block runs, calls in contexts wait.
 
@@ -180,7 +180,7 @@ class Gate:
                 step.turn.set_result(None)
                 return
 
-    def _readers(self, step: Step) -> Iterator[tuple[Context, str]]:
+    def _readers(self, step: Step) -> Iterator[tuple[LocalContext, str]]:
         """Yield the contexts that `step` waits for, and what each of them does here."""
         running = {running.context for running in self._running}
         for context in self._contexts:
@@ -207,7 +207,7 @@ class Gate:
         )
 
 
-def _read_by(context: Context) -> Iterator[frozenset[Tensor]]:
+def _read_by(context: LocalContext) -> Iterator[frozenset[Tensor]]:
     """Yield the leaves that the parts of its graph lead to."""
     context.record.forget_kept()
     for kept in list(context.record.kept):

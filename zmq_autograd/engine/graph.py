@@ -23,7 +23,7 @@ from zmq_autograd.wire.limits import short
 from zmq_autograd.wire.messages import ForwardRequest, ForwardResponse
 
 if TYPE_CHECKING:
-    from zmq_autograd.engine.context import Context
+    from zmq_autograd.engine.local_context import LocalContext
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class WorkerGraph:
 
 
 async def collect(
-    context: Context, host: Host, asker: Peer | None = None, seconds: float = GRAPH_SECONDS
+    context: LocalContext, host: Host, asker: Peer | None = None, seconds: float = GRAPH_SECONDS
 ) -> list[WorkerGraph]:
     """Return this worker's part of the graph, and the parts of all behind it.
 
@@ -108,7 +108,13 @@ async def collect(
 
 
 async def answer(
-    context: Context, host: Host, asker: Peer, committed: int, seconds: float, *, is_parent: bool
+    context: LocalContext,
+    host: Host,
+    asker: Peer,
+    committed: int,
+    seconds: float,
+    *,
+    is_parent: bool,
 ) -> list[Any]:
     """Return what `collect` finds, as values that can travel; nothing to who is not next to it.
 
@@ -128,7 +134,7 @@ async def answer(
     return [_plain(part) for part in _within_limit(parts)]
 
 
-async def _ask(peer: Peer, context: Context, seconds: float) -> list[WorkerGraph] | None:
+async def _ask(peer: Peer, context: LocalContext, seconds: float) -> list[WorkerGraph] | None:
     """Return what `peer` answers, None if that is nothing that can be used."""
     args = (context.context_id, context.passes.committed, seconds, peer is context.parent)
     try:
@@ -141,7 +147,7 @@ async def _ask(peer: Peer, context: Context, seconds: float) -> list[WorkerGraph
         return None  # the drawing says that it lacks it
 
 
-async def _part_of(context: Context, host: Host) -> WorkerGraph:
+async def _part_of(context: LocalContext, host: Host) -> WorkerGraph:
     sends = list(context.record.sends.values())
     roots = [[edge.node for edge in send.edges if edge is not None] for send in sends]
     found = await host.compute(lambda: _reached(roots))

@@ -28,7 +28,7 @@ from zmq_autograd.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from zmq_autograd.engine.context import Context
+    from zmq_autograd.engine.local_context import LocalContext
 
 ABORT_SECONDS: Final = 1.0
 """Seconds that a failed pass waits for others to say that they have heard of it, and twice as long
@@ -47,7 +47,7 @@ class Passes:
         staged: the pass whose part here is complete, until all are.
     """
 
-    def __init__(self, context: Context, host: Host) -> None:
+    def __init__(self, context: LocalContext, host: Host) -> None:
         """Make the passes of `context`, of which there is none yet."""
         self.committed = 0
         self.running: Pass | None = None

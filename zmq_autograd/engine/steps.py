@@ -11,8 +11,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from zmq_autograd.autograd.owned_optimizer import Gradients, Group, Outcome, OwnedOptimizer
-from zmq_autograd.engine.context import Context
 from zmq_autograd.engine.contexts import Contexts
+from zmq_autograd.engine.local_context import LocalContext
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 async def step(
     optimizer: OwnedOptimizer,
     contexts: Contexts,
-    context: Context | None,
+    context: LocalContext | None,
     groups: Sequence[Group],
     seconds: float | None,
 ) -> Outcome:
@@ -55,7 +55,7 @@ async def step(
         return Outcome("not applied", error)
 
 
-def gradients_of(context: Context | None) -> dict[Tensor, Tensor]:
+def gradients_of(context: LocalContext | None) -> dict[Tensor, Tensor]:
     """Return the gradients that a step takes; none where the context has not been.
 
     Raises:
@@ -65,7 +65,7 @@ def gradients_of(context: Context | None) -> dict[Tensor, Tensor]:
 
 
 async def clip(
-    optimizer: OwnedOptimizer, contexts: Contexts, context: Context | None, coefficient: Tensor
+    optimizer: OwnedOptimizer, contexts: Contexts, context: LocalContext | None, coefficient: Tensor
 ) -> None:
     """Multiply the context's gradients of the optimizer's parameters, out of place.
 

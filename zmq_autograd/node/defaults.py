@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zmq_autograd.engine import Context, Contexts, reading
+from zmq_autograd.engine import Contexts, LocalContext, reading
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.errors import ContextError, NotRegistered
 from zmq_autograd.node import optimizers
@@ -60,7 +60,7 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
     async def backward(request: RRefBackwardRequest, peer: Any) -> Reply:
         value = node.rrefs.owned(request.rref_id, peer).value
         context = node.contexts.get(request.context_id)
-        await context.backward(
+        await context.user.backward(
             value,
             retain_graph=request.retain_graph,
             accumulate_grad=request.accumulate_grad,
@@ -134,7 +134,7 @@ async def _joined(
     tensors: Iterable[Tensor],
     peer: Any,
     node: Node,
-) -> tuple[Context, AutogradMetadata]:
+) -> tuple[LocalContext, AutogradMetadata]:
     """Have this worker take part in the context of a request, and enter it.
 
     Returns:

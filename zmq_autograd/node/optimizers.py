@@ -21,7 +21,7 @@ from zmq_autograd.autograd.owned_optimizer import (
     Outcome,
     OwnedOptimizer,
 )
-from zmq_autograd.engine import Context
+from zmq_autograd.engine import LocalContext
 from zmq_autograd.engine.steps import clip, gradients_of, step
 from zmq_autograd.errors import ConfigurationError, ResourceExhausted
 from zmq_autograd.node.current import served_call, served_value
@@ -241,10 +241,10 @@ def _gathered(rref: Any) -> Gathered:
     return served_value(rref, Gathered, "what is called Gathered")
 
 
-async def _context(context_id: int, committed: int) -> Context | None:
+async def _context(context_id: int, committed: int) -> LocalContext | None:
     """Return a context once it has the gradients of pass `committed`; None if it is not here."""
     contexts = served_call().node.contexts
-    context: Context | None = contexts.reached(context_id)
+    context: LocalContext | None = contexts.reached(context_id)
     if context is not None:
         context.passes.learn_committed(committed)
         await context.passes.until_committed()

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from zmq_autograd.engine import Context
+from zmq_autograd.engine import LocalContext
 from zmq_autograd.engine.distributed_pass import Awaited
 from zmq_autograd.errors import ProtocolError
 
@@ -55,7 +55,7 @@ def _session(channel: Channel) -> dict[str, Any]:
     }
 
 
-def _context(context: Context) -> dict[str, Any]:
+def _context(context: LocalContext) -> dict[str, Any]:
     return {
         "context_id": context.context_id,
         "parent": None if context.parent is None else context.parent.name,
@@ -67,7 +67,7 @@ def _context(context: Context) -> dict[str, Any]:
     }
 
 
-def _passes(context: Context) -> list[dict[str, Any]]:
+def _passes(context: LocalContext) -> list[dict[str, Any]]:
     passes = []
     if context.passes.running is not None:
         passes.append(

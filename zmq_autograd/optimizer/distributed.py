@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from zmq_autograd.autograd.owned_optimizer import Group, Outcome
-from zmq_autograd.engine import Context
+from zmq_autograd.engine import Context, LocalContext, local_context
 from zmq_autograd.errors import ConfigurationError, PartialStepError
 from zmq_autograd.node import compute
 from zmq_autograd.node.current import shortened
@@ -126,33 +126,30 @@ class DistributedOptimizer(Optimizer):
 
         Cancelling it withdraws it where its turn has not come.
         """
-        self._check_context(context)
+        local = self._local_context(context)
         seconds = shortened(checked_timeout(timeout))
         for before in self._optimizer_step_pre_hooks.values():
             before(self, (context,), {})
         groups = self._hyperparameters()
         outcomes = await asyncio.gather(
-            *(part.step(context, groups, seconds) for part in self._parts)
+            *(part.step(local, groups, seconds) for part in self._parts)
         )
         for outcome in outcomes:
             for group, changed in zip(self.param_groups, outcome.changed, strict=False):
                 group.update(changed)
-        self._check_applied(context, outcomes)
+        self._check_applied(local, outcomes)
         for after in self._optimizer_step_post_hooks.values():
             after(self, (context,), {})
 
     # Torch would wrap it to run its hooks, which it does before anything has been awaited.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _check_context(self, context: Context) -> None:
-        if not isinstance(context, Context):
-            raise ConfigurationError(
-                "expected the context whose gradients are to be used, got a "
-                f"{type(context).__name__}"
-            )
-        context.check_open()
+    def _local_context(self, context: Context) -> LocalContext:
+        local = local_context(context)
+        local.check_open()
         for part in self._parts:
-            part.check_context(context)
+            part.check_context(local)
+        return local
 
     def _hyperparameters(self) -> list[Group]:
         return [
@@ -160,7 +157,7 @@ class DistributedOptimizer(Optimizer):
             for group in self.param_groups
         ]
 
-    def _check_applied(self, context: Context, outcomes: list[Outcome]) -> None:
+    def _check_applied(self, context: LocalContext, outcomes: list[Outcome]) -> None:
         names: dict[str, list[str]] = {"applied": [], "not applied": [], "unknown": []}
         causes: dict[str, BaseException] = {}
         for part, outcome in zip(self._parts, outcomes, strict=True):
@@ -208,9 +205,9 @@ class DistributedOptimizer(Optimizer):
 
         If it raises anything but the first, or is cancelled, some gradients may be clipped.
         """
-        self._check_context(context)
+        local = self._local_context(context)
         timeout, norm_type = checked_timeout(timeout), float(norm_type)
-        found = await _all(part.norms(context, norm_type, timeout) for part in self._parts)
+        found = await _all(part.norms(local, norm_type, timeout) for part in self._parts)
         norms: dict[int, Norm] = {}
         for part, of_part in zip(self._parts, found, strict=True):
             norms |= zip(part.numbers, of_part, strict=True)
@@ -222,7 +219,7 @@ class DistributedOptimizer(Optimizer):
                 "gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
             )
         coefficient = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)
-        await _all(part.clip(context, coefficient, timeout) for part in self._parts)
+        await _all(part.clip(local, coefficient, timeout) for part in self._parts)
         return total
 
     async def zero_grad(  # type: ignore[override]

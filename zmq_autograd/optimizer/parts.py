@@ -18,7 +18,7 @@ from zmq_autograd.autograd.owned_optimizer import (
     OwnedOptimizer,
     copied,
 )
-from zmq_autograd.engine import Context
+from zmq_autograd.engine import LocalContext
 from zmq_autograd.engine.steps import clip, gradients_of, step
 from zmq_autograd.errors import (
     NotRegistered,
@@ -85,19 +85,23 @@ class Part(Protocol):
     defaults: Group
     hyperparameters: list[Group]
 
-    def check_context(self, context: Context) -> None:
+    def check_context(self, context: LocalContext) -> None:
         """Raise ContextError if `context` cannot be one that its parameters were used in."""
 
-    def name_in(self, context: Context) -> str:
+    def name_in(self, context: LocalContext) -> str:
         """Return the name of its worker; `context` is one of this side's worker."""
 
-    async def step(self, context: Context, groups: list[Group], seconds: float | None) -> Outcome:
+    async def step(
+        self, context: LocalContext, groups: list[Group], seconds: float | None
+    ) -> Outcome:
         """Step, and return what became of it; waits so long for its turn."""
 
-    async def norms(self, context: Context, norm_type: float, timeout: float | None) -> list[Norm]:
+    async def norms(
+        self, context: LocalContext, norm_type: float, timeout: float | None
+    ) -> list[Norm]:
         """Return the norm of each parameter's gradient."""
 
-    async def clip(self, context: Context, coefficient: Tensor, timeout: float | None) -> None:
+    async def clip(self, context: LocalContext, coefficient: Tensor, timeout: float | None) -> None:
         """Multiply the gradients by a number."""
 
     async def read_state(self, timeout: float | None) -> dict[Any, Any]:
@@ -128,16 +132,20 @@ class LocalPart:
         self.defaults = self._optimizer.defaults
         self.hyperparameters = self._optimizer.hyperparameters
 
-    def check_context(self, context: Context) -> None:
+    def check_context(self, context: LocalContext) -> None:
         pass  # parameters of this process may be used by any worker in it
 
-    def name_in(self, context: Context) -> str:
+    def name_in(self, context: LocalContext) -> str:
         return context.table.host.name
 
-    async def step(self, context: Context, groups: list[Group], seconds: float | None) -> Outcome:
+    async def step(
+        self, context: LocalContext, groups: list[Group], seconds: float | None
+    ) -> Outcome:
         return await step(self._optimizer, context.table, context, groups, seconds)
 
-    async def norms(self, context: Context, norm_type: float, timeout: float | None) -> list[Norm]:
+    async def norms(
+        self, context: LocalContext, norm_type: float, timeout: float | None
+    ) -> list[Norm]:
         gradients = gradients_of(context)
         norms = await compute(self._optimizer.norms, gradients, norm_type)
         return [
@@ -145,7 +153,7 @@ class LocalPart:
             for parameter, norm in zip(self._optimizer.parameters, norms, strict=True)
         ]
 
-    async def clip(self, context: Context, coefficient: Tensor, timeout: float | None) -> None:
+    async def clip(self, context: LocalContext, coefficient: Tensor, timeout: float | None) -> None:
         await clip(self._optimizer, context.table, context, coefficient)
 
     async def read_state(self, timeout: float | None) -> dict[Any, Any]:
@@ -217,13 +225,15 @@ class RemotePart:
         defaults, hyperparameters = made
         return cls(owner, rref, numbers, (defaults, hyperparameters))
 
-    def check_context(self, context: Context) -> None:
+    def check_context(self, context: LocalContext) -> None:
         self._owner.check_context(context)
 
-    def name_in(self, context: Context) -> str:
+    def name_in(self, context: LocalContext) -> str:
         return self._owner.name
 
-    async def step(self, context: Context, groups: list[Group], seconds: float | None) -> Outcome:
+    async def step(
+        self, context: LocalContext, groups: list[Group], seconds: float | None
+    ) -> Outcome:
         was_connected = self._owner.is_connected
         timeout = None if seconds is None else seconds + REPLY_SECONDS
         try:
@@ -233,7 +243,9 @@ class RemotePart:
             is_unknown = was_connected and _may_have_begun(error)
             return Outcome("unknown" if is_unknown else "not applied", error)
 
-    async def norms(self, context: Context, norm_type: float, timeout: float | None) -> list[Norm]:
+    async def norms(
+        self, context: LocalContext, norm_type: float, timeout: float | None
+    ) -> list[Norm]:
         reply = await self._ask_about(context, "norms", timeout, norm_type)
         try:
             return [
@@ -245,7 +257,7 @@ class RemotePart:
                 f"clip_grad_norm: expected dtypes and norms ({error!r})", worker=self._owner.name
             ) from error
 
-    async def clip(self, context: Context, coefficient: Tensor, timeout: float | None) -> None:
+    async def clip(self, context: LocalContext, coefficient: Tensor, timeout: float | None) -> None:
         await self._ask_about(context, "clip", timeout, coefficient)
 
     async def read_state(self, timeout: float | None) -> dict[Any, Any]:
@@ -271,7 +283,7 @@ class RemotePart:
         await self._ask("zero_grad", timeout, set_to_none)
 
     async def _ask_about(
-        self, context: Context, function: str, timeout: float | None, *args: Any
+        self, context: LocalContext, function: str, timeout: float | None, *args: Any
     ) -> Any:
         """Ask something about a context's gradients after its last pass."""
         committed = context.passes.committed

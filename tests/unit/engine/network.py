@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from zmq_autograd.engine import Context, Contexts
+from zmq_autograd.engine import Contexts, LocalContext
 from zmq_autograd.engine.places import Place
 from zmq_autograd.errors import WorkerLost
 from zmq_autograd.session import error_response, exception_from
@@ -206,7 +206,7 @@ class Visit:
     """Where a program runs now: a worker, its view of the context, and the call that it serves."""
 
     host: Host
-    context: Context
+    context: LocalContext
     place: Place
 
     async def call(self, name: str, function: Function, tensors: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.engine.network import Network, Visit
-from zmq_autograd.engine import Context
+from zmq_autograd.engine import LocalContext
 from zmq_autograd.errors import RemoteError, WorkerLost
 
 NAMES: Final = ("alice", "bob", "carol", "dave")
@@ -96,7 +96,7 @@ def alone(seed: int) -> Program:
     return program
 
 
-async def forward(program: Program, network: Network) -> tuple[Context, Tensor]:
+async def forward(program: Program, network: Network) -> tuple[LocalContext, Tensor]:
     alice = network.hosts[NAMES[0]]
     context = alice.contexts.new()
     alice.contexts.add(context)
@@ -124,7 +124,7 @@ async def test_a_pass_is_exact_in_any_order(seed: int, order: int, retain_graph:
     async def run() -> None:
         context, loss = await forward(program, network)
         for _ in range(passes):
-            await context.backward(loss, retain_graph=retain_graph, timeout=None)
+            await context.user.backward(loss, retain_graph=retain_graph, timeout=None)
         await tell_everybody(network, context)
         for name, grad in gradients(program, network).items():
             wanted = expected.leaves[name].grad
@@ -146,7 +146,7 @@ async def outcome(awaitable: Awaitable[None]) -> Exception | None:
     return None
 
 
-async def tell_everybody(network: Network, context: Context) -> None:
+async def tell_everybody(network: Network, context: LocalContext) -> None:
     """Let all workers know of the last pass, as the next call there would."""
     for host in network.hosts.values():
         for theirs in host.contexts:
@@ -171,7 +171,7 @@ async def test_a_pass_that_fails_anywhere_leaves_nothing_anywhere(
 
     async def run() -> None:
         context, loss = await forward(program, network)
-        error = await outcome(context.backward(loss, retain_graph=True, timeout=None))
+        error = await outcome(context.user.backward(loss, retain_graph=True, timeout=None))
         if not raised:
             assert error is None
             return
@@ -204,7 +204,7 @@ async def test_a_worker_lost_at_any_time_ends_a_pass(
     async def run() -> None:
         context, loss = await forward(program, network)
         network.start_counting()
-        error = await outcome(context.backward(loss, timeout=None))
+        error = await outcome(context.user.backward(loss, timeout=None))
         if error is not None:
             assert isinstance(error, WorkerLost)
             assert error.name == victim
@@ -239,7 +239,7 @@ async def test_a_call_that_crosses_the_news_of_a_pass_does_not_hang_it(order: in
         context = alice.contexts.new()
         alice.contexts.add(context)
         (y,) = await Visit(alice, context, context.enter()).call("bob", ask_carol, [leaf])
-        ends = network.spawn(context.backward(y.sum(), retain_graph=True, timeout=None))
+        ends = network.spawn(context.user.backward(y.sum(), retain_graph=True, timeout=None))
         while context.passes.running is None:
             await asyncio.sleep(0)
         ((carol, kept),) = carols
@@ -248,7 +248,7 @@ async def test_a_call_that_crosses_the_news_of_a_pass_does_not_hang_it(order: in
         await ends
         assert context.gradients()[leaf].tolist() == [2.0, 2.0]
         # What was exchanged meanwhile is in the next one.
-        await carol.context.backward(z.sum(), timeout=None)
+        await carol.context.user.backward(z.sum(), timeout=None)
         await tell_everybody(network, context)
         assert context.gradients()[leaf].tolist() == [4.0, 4.0]
 
@@ -288,7 +288,7 @@ async def test_a_call_at_any_time_changes_nothing_of_a_pass(
     async def run() -> None:
         context, loss = await forward(program, network)
         network.start_counting()
-        await context.backward(loss, timeout=None)
+        await context.user.backward(loss, timeout=None)
         await tell_everybody(network, context)
         for name, grad in gradients(program, network).items():
             wanted = expected.leaves[name].grad

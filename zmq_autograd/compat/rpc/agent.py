@@ -30,6 +30,7 @@ from zmq_autograd.compat.rpc.profiling import profiled
 from zmq_autograd.compat.rpc.rref import PyRRef, RRef
 from zmq_autograd.compat.rpc.values import Packed
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
+from zmq_autograd.engine import Contexts, local_context
 from zmq_autograd.errors import (
     DeadlineExceeded,
     SerializationError,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from zmq_autograd.blocking.portal import Portal
     from zmq_autograd.compat.rpc.joining import Group
     from zmq_autograd.compat.rpc.options import TensorPipeRpcBackendOptions
-    from zmq_autograd.engine import Contexts
     from zmq_autograd.remote import RemoteWorker
     from zmq_autograd.worker import Worker
 
@@ -103,7 +103,7 @@ class Agent:
     @functools.cached_property
     def contexts(self) -> Contexts:
         """The contexts that have reached this worker."""
-        return self.worker.context().table
+        return local_context(self.worker.context()).table
 
     def joined(self) -> None:
         """Serve others from now on, even those that came before: everybody is known."""

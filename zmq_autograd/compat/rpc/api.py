@@ -24,7 +24,7 @@ from zmq_autograd.compat.rpc.constants import (
 from zmq_autograd.compat.rpc.gathering import AllGatherStates, Gatherings, wait
 from zmq_autograd.compat.rpc.rref import RRef
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
-from zmq_autograd.node.torch_profiles import NODE_IDS
+from zmq_autograd.node.torch_events import NODE_IDS
 
 __all__ = [
     "AllGatherStates",

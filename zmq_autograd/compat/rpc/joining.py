@@ -19,7 +19,7 @@ from zmq_autograd.compat.rpc import state
 from zmq_autograd.compat.rpc.agent import Agent
 from zmq_autograd.compat.rpc.options import TensorPipeRpcBackendOptions
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
-from zmq_autograd.node.torch_profiles import NODE_IDS
+from zmq_autograd.node.torch_events import NODE_IDS
 from zmq_autograd.transport import is_loopback
 from zmq_autograd.worker import Worker
 
