@@ -134,6 +134,9 @@ class RRef(Held):
         timeout: float | None = BACKWARD_TIMEOUT,
     ) -> None:
         """Have the owner run a backward pass from the value; `Context.backward` calls it."""
+        local = local_context(context)
+        if local.table is not self._node.contexts:
+            raise local.error(f"{self!r} is held by worker {self._node.name!r}, not by this one")
         if self.is_owner:
             await context.backward(
                 self.local_value(),
@@ -146,7 +149,7 @@ class RRef(Held):
             self.rref_id, context.context_id, retain_graph, accumulate_grad
         )
         reply = await self._peer.request(request, timeout=timeout)
-        passes = local_context(context).passes
+        passes = local.passes
         passes.learn_committed(cast(RRefBackwardResponse, reply).committed)
         await passes.until_committed()
 

@@ -29,6 +29,7 @@ SECTIONS = {
     "contexts and passes": (
         "engine.contexts",
         "engine.context",
+        "engine.local_context",
         "engine.distributed_pass",
         "engine.losses",
         "engine.places",

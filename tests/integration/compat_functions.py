@@ -154,3 +154,12 @@ class Broken(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Raise."""
         raise ValueError("cannot step")
+
+
+class Unfinished(torch.optim.SGD):
+    """An optimizer that raises when it has stepped."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step, and raise."""
+        super().step(closure)
+        raise ValueError("cannot finish")

@@ -312,3 +312,17 @@ async def test_a_tensor_that_another_worker_kept_of_another_context_is_refused(t
         with pytest.raises(za.ContextError, match=str(first.context_id)) as caught:
             await ctx.backward(y.sum())
         assert caught.value.worker == "bob"
+
+
+async def test_a_tensor_that_another_worker_computed_in_this_context_is_refused(two: Pair) -> None:
+    """Two workers may live in one process: the gradient for what was sent would be lost."""
+    kept: list[Tensor] = []
+
+    @two.bob.register
+    def keep(x: Tensor) -> None:
+        kept.append(3 * x)
+
+    async with two.alice.context() as ctx:
+        await two.remote_bob.call("keep", near_leaf())
+        with pytest.raises(za.ContextError, match="that another worker of this process received"):
+            await ctx.backward(kept[0].sum())

@@ -8,13 +8,14 @@ import copy
 import inspect
 import itertools
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -459,7 +460,9 @@ def test_plain_handlers_run_in_compute_threads(
     with remote.context() as ctx:
         ctx.backward(3 * remote.call("double", x))
         assert ctx.gradients()[x] == 6
-    assert seen == [("alice", "bob-compute-0", [torch.tensor(3.0)])]
+    [(peer, thread, grads)] = seen
+    assert (peer, grads) == ("alice", [torch.tensor(3.0)])
+    assert thread.startswith("bob-compute-")
     with pytest.raises(za.ConfigurationError, match="has a handler"):
         bob.handler(za.messages.PropagateGradientsRequest)(on_gradients)
 
@@ -582,6 +585,47 @@ def test_attributes_are_those_of_the_object(remote: blocking.RemoteWorker) -> No
     assert {remote: 1}[blocking.of(remote._object)] == 1
     with pytest.raises(AttributeError, match="nothing"):
         _ = remote.nothing
+
+
+def test_attributes_are_set_on_the_object(
+    bob: blocking.Worker, remote: blocking.RemoteWorker
+) -> None:
+    bob.register(nn.Linear(3, 4), "net", expose="module")
+    net = remote.module("net")
+    optimizer = blocking.DistributedOptimizer.create(torch.optim.SGD, net.parameters(), lr=0.5)
+    before = net.state_dict()
+    stopped = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+    optimizer.param_groups = stopped
+    assert optimizer.param_groups is stopped
+    with remote.context() as ctx:
+        ctx.backward(net(torch.ones(1, 3)).sum())
+        optimizer.step(ctx)
+    assert all(map(same, net.state_dict().values(), before.values()))
+    [weight, _] = net.parameters()
+    weight.rref = weight.rref
+    assert isinstance(weight._object.rref, za.RRef)
+    with pytest.raises(AttributeError, match="no setter"):
+        remote.is_connected = False  # type: ignore[misc]
+
+
+def test_what_a_subclass_sets_is_its_own(remote: blocking.RemoteWorker) -> None:
+    class Party(blocking.Worker):
+        def __init__(self) -> None:
+            self.peers: list[Any] = []
+            super().__init__("party")
+            self.peers = [remote]
+
+    assert Party().peers == [remote]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_they_cannot_be_copied_or_pickled(
+    alice: blocking.Worker, remote: blocking.RemoteWorker, copied: Callable[[object], object]
+) -> None:
+    with remote.context() as ctx:
+        for each in (remote, alice, ctx, alice.rref(5)):
+            with pytest.raises(TypeError, match=f"{type(each).__name__} cannot be copied"):
+                copied(each)
 
 
 # --- whole programs ------------------------------------------------------------------------------

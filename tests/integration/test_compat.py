@@ -24,6 +24,7 @@ from zmq_autograd.compat.nn import RemoteModule
 from zmq_autograd.compat.optim import DistributedOptimizer
 from zmq_autograd.compat.rpc import state
 from zmq_autograd.compat.rpc.joining import endpoint_for
+from zmq_autograd.errors import PartialStepError
 
 MODES = ["sync", "async", "remote"]
 
@@ -188,7 +189,7 @@ def test_what_is_left_of_the_time_is_left_for_the_fetch(
     rref = rpc.remote(me, program.wait, args=(0.1,))
     given: list[float] = []
     agent = rpc._get_current_rpc_agent()
-    monkeypatch.setattr(agent, "call", lambda *arguments: given.append(arguments[-1]))
+    monkeypatch.setattr(agent, "call", lambda asked: given.append(asked.seconds))
     monkeypatch.setattr(rref, "is_owner", lambda: False)
     rref.to_here(timeout=DEADLINE)
     assert 0 < given[0] < DEADLINE - 0.05
@@ -217,6 +218,19 @@ def test_functions_that_answer_later(me: str, mode: str) -> None:
     assert torch.equal(call(mode, me, program.add_later, me, x, x), 4 * x)
     with pytest.raises(RuntimeError, match=r"must return a torch\.futures\.Future"):
         call(mode, me, program.no_future)
+
+
+def test_a_block_waits_for_all_that_was_called_in_it(me: str) -> None:
+    rref = rpc.remote(me, program.Counter, args=(1,))
+    with rpc.api._wait_all():
+        futures = [
+            rpc.rpc_async(me, program.wait, args=(0.1,)),
+            rref.rpc_async().add_later(me, 1),
+            RemoteModule(me, program.Net, (0,)).forward_async(torch.ones(3)),
+        ]
+    assert all(future.done() for future in futures)
+    with pytest.raises(AttributeError, match="missing"), rpc.api._wait_all():
+        rref.rpc_async().missing()
 
 
 # --- RRefs ---------------------------------------------------------------------------------------
@@ -426,6 +440,19 @@ def test_an_optimizer_that_fails_says_so(me: str) -> None:
             optimizer.step(context_id)
     with pytest.raises(RuntimeError, match="Could not find autograd context"):
         optimizer.step(context_id)
+
+
+def test_a_step_that_may_have_been_applied_is_a_runtime_error_as_others_are(me: str) -> None:
+    parameters = RemoteModule(me, program.Net, (0,)).remote_parameters()
+    optimizer = DistributedOptimizer(program.Unfinished, parameters, lr=0.1)
+    with autograd.context() as context_id:
+        loss = rpc.rpc_sync(me, program.squares, args=(parameters[0],))
+        autograd.backward(context_id, [loss])
+        with pytest.raises(RuntimeError, match="cannot finish") as raised:
+            optimizer.step(context_id)
+    assert isinstance(raised.value, PartialStepError)
+    assert raised.value.unknown == (me,)
+    assert isinstance(raised.value.causes[me], ValueError)
 
 
 def test_a_module_elsewhere(me: str) -> None:

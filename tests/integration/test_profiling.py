@@ -29,7 +29,7 @@ from tests.integration.fleets import Fleet, running
 from zmq_autograd.node import defaults
 from zmq_autograd.node.profiled import MAX_EVENTS
 from zmq_autograd.node.recorder import CallRecorder, call_named
-from zmq_autograd.node.torch_events import NODE_IDS
+from zmq_autograd.node.torch_events import number_workers
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -533,11 +533,11 @@ async def test_a_legacy_trace_stays_json_whatever_names_hold(pair: Pair, tmp_pat
 
 
 async def test_calls_can_go_by_names_and_workers_by_numbers(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, request: pytest.FixtureRequest
 ) -> None:
     """As torch.distributed.rpc has them."""
-    monkeypatch.setitem(NODE_IDS, "", 0)
-    monkeypatch.setitem(NODE_IDS, "bob", 1)
+    number_workers({"": 0, "bob": 1})
+    request.addfinalizer(lambda: number_workers({}))
     with PROFILES[-1]() as profile, call_named("rpc_async#product(w0 -> w1)"):
         await pair.remote_bob.call("product", x)
     assert only(profile, "rpc_async#product(w0 -> w1)").node_id == 0

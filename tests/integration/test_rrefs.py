@@ -450,6 +450,21 @@ async def test_backward_from_an_rref_says_what_is_wrong(pair: Pair) -> None:
             await ctx.backward(cut, torch.ones(()))
 
 
+async def test_backward_from_another_workers_own_rref_says_so(pair: Pair) -> None:
+    """Two workers may live in one process, where nothing keeps their objects apart."""
+    w = torch.ones((), requires_grad=True)
+    kept: list[za.RRef] = []
+
+    @pair.bob.register
+    def keep(x: Tensor) -> None:
+        kept.append(pair.bob.rref(w * x))
+
+    async with pair.alice.context() as ctx:
+        await pair.remote_bob.call("keep", torch.ones((), requires_grad=True))
+        with pytest.raises(za.ContextError, match="is held by worker 'bob', not by this one"):
+            await ctx.backward(kept[0])
+
+
 async def test_backward_from_an_rref_adds_to_grad_where_asked(pair: Pair) -> None:
     weight = torch.tensor(3.0, requires_grad=True)
     pair.bob.register(lambda x: weight * x, "stage")
@@ -555,14 +570,17 @@ async def test_a_value_is_packed_in_the_context_that_it_is_fetched_in(pair: Pair
 async def test_a_session_that_a_wrong_endpoint_led_to_does_not_stay() -> None:
     async with running("alice", "bob", "carol") as fleet:
         offer_keeper(fleet["carol"])
-        wrong = Reference("dave", "f" * 32, 1, 2, (fleet["bob"].endpoints[0],))
+        first, second = (
+            Reference("dave", "f" * 32, 1, fork_id, (fleet["bob"].endpoints[0],))
+            for fork_id in (2, 3)
+        )
         carol = await fleet.way("alice", "carol")
         with pytest.raises(za.WorkerLost, match=r"'dave'.*there is another worker, 'bob'"):
-            await carol.request(za.messages.ForwardRequest("keeper.keep", (wrong,)))
+            await carol.request(za.messages.ForwardRequest("keeper.keep", (first,)))
         await until(lambda: fleet["bob"].status()["peers"] == [])
         bob = await fleet.way("carol", "bob")  # hers, and so it stays
         with pytest.raises(za.WorkerLost, match="'dave'"):
-            await carol.request(za.messages.ForwardRequest("keeper.keep", (wrong,)))
+            await carol.request(za.messages.ForwardRequest("keeper.keep", (second,)))
         assert await bob.call("ask", ["carol"], "keeper.give") == []
 
 
@@ -588,6 +606,25 @@ async def test_an_rref_that_comes_home_from_one_who_lost_it_is_refused_alone() -
         gc.collect()
         await until(lambda: alice.status()["rrefs"] == NOTHING | {"owned": 1, "forks": 1})
         assert await bob.call("keeper.give") == []  # the session goes on
+        del mine
+        await gone(fleet)
+
+
+async def test_one_fork_cannot_be_two_objects() -> None:
+    """Letting go of either would leave the other one with nothing."""
+    async with running("alice", "bob") as fleet:
+        keeper = offer_keeper(fleet["bob"])
+        alice = fleet["alice"]
+        bob = await fleet.way("alice", "bob")
+        mine = alice.rref(1)
+        twice = Reference("alice", alice.incarnation, mine.rref_id, 2)
+        with pytest.raises(za.ProtocolError, match="fork 2 of an RRef came twice"):
+            await bob.request(za.messages.ForwardRequest("keeper.keep", (twice, [twice])))
+        await bob.call("keeper.keep", mine)
+        gc.collect()
+        await until(lambda: fleet["bob"].status()["rrefs"]["held"] == 1)
+        assert await keeper.kept[0].to_here() == 1
+        keeper.drop()
         del mine
         await gone(fleet)
 

@@ -20,17 +20,19 @@ from zmq_autograd.errors import ProtocolError
 
 
 class KeptResult:
-    """What was computed and kept here, as the value of an RRef, for a later pass.
-
-    Attributes:
-        leaves: what it was computed from.
-    """
+    """What was computed and kept here, as the value of an RRef, for a later pass."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         """Take note of `tensors`."""
         # Weakly: it is not for this to keep their graph, and no pass comes to what was dropped.
         self._tensors = [TensorWeakRef(tensor) for tensor in tensors]
-        self.leaves = leaves_of(self.nodes())
+        self._leaves: frozenset[Tensor] | None = None
+
+    def leaves(self) -> frozenset[Tensor]:
+        """Return what it was computed from, found once somebody asks."""
+        if self._leaves is None:
+            self._leaves = leaves_of(self.nodes())
+        return self._leaves
 
     def nodes(self) -> list[Node]:
         """Return where in the graph a pass may still come to it."""
@@ -93,14 +95,19 @@ class Record:
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Record that `tensors` are kept here; from any thread."""
         kept = KeptResult(tensors)
-        if kept.leaves:
+        if kept.nodes():
             self.kept[kept] = None
 
     def forget_kept(self, spent: Container[Node] = ()) -> None:
-        """Forget what was kept and dropped since, or computed by `spent` nodes alone."""
+        """Forget what was kept and computed by `spent` nodes alone, or was dropped since."""
         for kept in list(self.kept):
             if all(node in spent for node in kept.nodes()):
                 del self.kept[kept]
+
+    def kept_results(self) -> list[KeptResult]:
+        """Return what was kept and may be needed by a pass."""
+        self.forget_kept()
+        return list(self.kept)
 
     def summed(self, grads: dict[Tensor, Tensor], *, into_grad: bool) -> dict[Tensor, Tensor]:
         """Return the gradients with those of a pass that is complete everywhere, which are used up.

@@ -50,7 +50,8 @@ class Portal:
         self._borrowed = loop
         self._background: _Background | None = None
         self._lock = threading.Lock()
-        _portals.add(self)
+        if loop is None:
+            _portals.add(self)
 
     def run(self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a coroutine function on the loop, wait for its end and return its result.
@@ -356,7 +357,7 @@ def _in_forked_child() -> None:
         portal.forked()
 
 
-_portals: Final[weakref.WeakSet[Portal]] = weakref.WeakSet()
+_portals: Final[weakref.WeakSet[Portal]] = weakref.WeakSet()  # with loops of their own
 _default: Final = Portal()
 
 os.register_at_fork(after_in_child=_in_forked_child)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, NoReturn, Self
 
 from zmq_autograd.blocking.portal import Portal, current_portal
 from zmq_autograd.node.registry import is_async
@@ -67,6 +67,15 @@ class Surface:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return _attribute(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What `__getattr__` finds there is set there.  Not so a method, which schedulers replace:
+        # that of the object has to stay one that is awaited.
+        target = vars(self).get("_object")
+        if not name.startswith("_") and name in getattr(target, "__dict__", ()):
+            setattr(target, name, unwrapped(value))
+        else:
+            super().__setattr__(name, value)
+
     def __dir__(self) -> list[str]:
         own = getattr(self._object, "__dict__", {})
         return sorted({*super().__dir__(), *(name for name in own if not name.startswith("_"))})
@@ -79,6 +88,12 @@ class Surface:
 
     def __repr__(self) -> str:
         return repr(self._object)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            f"a blocking {type(self).__name__} cannot be copied or pickled: what it stands for lives "
+            "on an event loop of this process"
+        )
 
     def _wait_for(self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
         """Run a coroutine function of the object, and return what it returns, wrapped."""

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from zmq_autograd.compat import autograd
 from zmq_autograd.compat.rpc import state
-from zmq_autograd.compat.rpc.constants import UNSET_RPC_TIMEOUT
+from zmq_autograd.compat.rpc.errors import PartialStep
 from zmq_autograd.compat.rpc.rref import PyRRef
 from zmq_autograd.errors import PartialStepError, ZmqAutogradError
 from zmq_autograd.optimizer import DistributedOptimizer as _Optimizer
@@ -44,7 +44,7 @@ class DistributedOptimizer:
         params = list(params_rref)
         if not optimizer_class.__module__.startswith("torch.optim."):
             for owner in dict.fromkeys(rref.owner() for rref in params):
-                agent.call(owner, _offer, (optimizer_class,), {}, UNSET_RPC_TIMEOUT)
+                agent.call(agent.asked(owner, _offer, (optimizer_class,)))
 
         async def create() -> _Optimizer:
             forks = [await rref._fork() for rref in params]
@@ -59,15 +59,21 @@ class DistributedOptimizer:
         """Step all parameters that have a gradient in the context.
 
         Raises:
-            PartialStepError: some workers have stepped, and some have not or are lost.
+            PartialStep: a RuntimeError and a `PartialStepError`: some workers have stepped, or may
+                have, and some have not.
             RuntimeError: there is no such context, or nobody has stepped.
             Exception: what the optimizer raised on this worker, where nobody has stepped.
         """
         context = autograd._find(context_id)
         try:
             state.agent().portal.run(self._optimizer.step, context.user)
-        except PartialStepError:
-            raise
+        except PartialStepError as error:
+            raise PartialStep(
+                applied=error.applied,
+                not_applied=error.not_applied,
+                unknown=error.unknown,
+                causes=error.causes,
+            ) from error
         except ZmqAutogradError as error:
             raise RuntimeError(str(error)) from error
 

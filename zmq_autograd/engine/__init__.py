@@ -7,7 +7,7 @@ Knows workers by two narrow protocols (`host`), never sockets or sessions.  Star
 from zmq_autograd.engine.context import BACKWARD_TIMEOUT, Context, local_context
 from zmq_autograd.engine.contexts import Contexts
 from zmq_autograd.engine.host import Host, Peer, current_span
-from zmq_autograd.engine.local_context import LocalContext, Scope, current_scope, keeps, reading
+from zmq_autograd.engine.local_context import LocalContext, Scope, current_scope, keeps
 
 __all__ = [
     "BACKWARD_TIMEOUT",
@@ -21,5 +21,4 @@ __all__ = [
     "current_span",
     "keeps",
     "local_context",
-    "reading",
 ]

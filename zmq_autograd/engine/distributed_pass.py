@@ -296,7 +296,7 @@ class Pass:
         roots = [Root(self._losses.edges), *(Root(send.edges) for send in self._sends)]
         graph = walk_from(roots, at_most)
         wanted = Wanted(leaves=not self.settings.inputs_only, inputs=self._losses.inputs or ())
-        return LocalPass(
+        local = LocalPass(
             graph,
             self._context.context_id,
             roots,
@@ -304,6 +304,13 @@ class Pass:
             retain_graph=self.settings.retain_graph,
             check_nan=self.settings.check_nan,
         )
+        received = self._context.record.receives
+        if any(received.get(each.message_id) is not each for each in local.receives):
+            raise self._context.error(
+                "backward reached a tensor that another worker of this process received: only "
+                "what calls have brought here is on this worker's graph"
+            )
+        return local
 
     async def _advanced(self, local: LocalPass) -> list[Emission]:
         """Give `local` what was resolved, and return what is complete now."""

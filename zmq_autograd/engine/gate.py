@@ -96,6 +96,16 @@ class Gate:
             self._pauses -= 1
             self.changed()
 
+    @asynccontextmanager
+    async def call_outside(self) -> AsyncIterator[None]:
+        """Let a call run that is in no context, once no step does.
+
+        A step does not wait for it: it may be what asked for the step.
+        """
+        while self._stepping is not None:
+            await self._opened.wait()
+        yield
+
     async def _admitted(self, context: LocalContext) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + HELD_SECONDS
@@ -113,8 +123,9 @@ class Gate:
         if any(running.context is context for running in self._running):
             return True
         record = context.record
-        record.forget_kept()
-        return bool(record.kept) or any(send.leaves != frozenset() for send in record.roots())
+        return bool(record.kept_results()) or any(
+            send.leaves != frozenset() for send in record.roots()
+        )
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -209,9 +220,8 @@ class Gate:
 
 def _read_by(context: LocalContext) -> Iterator[frozenset[Tensor]]:
     """Yield the leaves that the parts of its graph lead to."""
-    context.record.forget_kept()
-    for kept in list(context.record.kept):
-        yield kept.leaves
+    for kept in context.record.kept_results():
+        yield kept.leaves()
     for send in context.record.roots():
         if send.leaves is None:
             send.leaves = leaves_of(edge.node for edge in send.edges if edge is not None)

@@ -7,7 +7,7 @@ contexts a worker has, `contexts`'.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -42,12 +42,6 @@ class Scope:
 
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("zmq_autograd_scope", default=None)
-
-
-def reading() -> AbstractAsyncContextManager[None]:
-    """Return what is entered around what may read parameters: see `gate.Gate.call`."""
-    scope = current_scope.get()
-    return nullcontext() if scope is None else scope.context.table.gate.call(scope.context)
 
 
 def keeps(results: Iterable[Tensor]) -> None:

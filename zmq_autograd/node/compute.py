@@ -17,9 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from zmq_autograd.engine import reading
 from zmq_autograd.errors import ConfigurationError, ResourceExhausted
-from zmq_autograd.node.current import applied, current_call, current_modes
+from zmq_autograd.node.current import applied, current_call, current_modes, reading
 from zmq_autograd.node.torch_profiles import recorder_here
 from zmq_autograd.wire.messages import Modes
 
@@ -187,8 +186,8 @@ async def compute(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T
     """Run ``function(*args, **kwargs)`` in a compute thread and return its result.
 
     For what takes long or holds the loop up: a module's forward, an optimizer's step.  The context,
-    the call and torch's modes (grad, inference, autocast) at the caller hold in the thread too.  In
-    a context it waits for a step of a `DistributedOptimizer` that runs on this worker.
+    the call and torch's modes (grad, inference, autocast) at the caller hold in the thread too.  It
+    waits for a step of a `DistributedOptimizer` that runs on this worker.
 
     Raises:
         ResourceExhausted: the worker has as many computations under way as it takes.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from zmq_autograd.autograd.anomaly import check_nan, recording
+from zmq_autograd.engine import current_scope
 from zmq_autograd.errors import ProtocolError
 from zmq_autograd.wire.messages import Modes
 from zmq_autograd.wire.tensors import DTYPES
@@ -74,6 +75,14 @@ def served_value(rref: Any, kind: type[T], what: str) -> T:
     if not isinstance(value, kind):
         raise ProtocolError(f"expected an RRef to {what}")
     return value
+
+
+def reading() -> AbstractAsyncContextManager[None]:
+    """Return what is entered around what may read parameters: see `engine.gate`."""
+    scope, call = current_scope.get(), current_call.get()
+    if scope is not None:
+        return scope.context.table.gate.call(scope.context)
+    return nullcontext() if call is None else call.node.contexts.gate.call_outside()
 
 
 class _Thread(threading.local):

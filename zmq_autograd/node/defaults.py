@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zmq_autograd.engine import Contexts, LocalContext, reading
+from zmq_autograd.engine import Contexts, LocalContext
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.errors import ContextError, NotRegistered
 from zmq_autograd.node import optimizers
-from zmq_autograd.node.current import served_call
+from zmq_autograd.node.current import reading, served_call
 from zmq_autograd.node.profiled import ProfilerOptions
 from zmq_autograd.node.recorder import CallRecorder
 from zmq_autograd.node.registry import Entry, Registry
@@ -120,7 +120,8 @@ async def _inside(
 async def _fetched(request: RRefFetchRequest, value: Any, peer: Any, node: Node) -> Reply:
     """Return the reply that holds the value of an RRef."""
     if request.metadata is None:
-        return RRefFetchResponse(node.codecs.pack(value))
+        async with node.contexts.gate.without_steps():
+            return RRefFetchResponse(node.codecs.pack(value))
     context, reply = await _joined(request, request.metadata, (), peer, node)
     async with reading():
         packed = node.codecs.pack(value)

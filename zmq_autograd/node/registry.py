@@ -11,14 +11,15 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 from torch.nn import Module
 
-from zmq_autograd.engine import reading
 from zmq_autograd.errors import ConfigurationError, NotRegistered
 from zmq_autograd.node.compute import ComputePool
+from zmq_autograd.node.current import reading
 from zmq_autograd.node.modules import ExposedModule
 
 RESERVED_PREFIX: Final = "za."
@@ -36,12 +37,14 @@ class Entry:
         turns: lets so many run at once; None where all may.
         allow: names of the workers that may call it, None for all that are connected.
         idempotent: running it twice does no harm: it may be retried.
+        reads: it may read parameters, and so waits for an optimizer's step that runs.
     """
 
     function: Callable[..., Any]
     turns: Turns | None = None
     allow: frozenset[str] | None = None
     idempotent: bool = False
+    reads: bool = True
 
     def is_for(self, peer: str) -> bool:
         """Tell whether the worker of that name may call it."""
@@ -50,16 +53,18 @@ class Entry:
     async def call(self, args: Iterable[Any], kwargs: dict[str, Any], pool: ComputePool) -> Any:
         """Run it: a coroutine function on the loop, any other in a compute thread.
 
-        In a context it waits for an optimizer's step that runs.  Cancelling it cancels a coroutine;
-        a thread finishes, and keeps its turn until then.
+        Cancelling it cancels a coroutine; a thread finishes, and keeps its turn until then.
         """
         call = functools.partial(self.function, *args, **kwargs)
         if self.turns is not None:
             return await self._in_turn(call, pool, self.turns.here())
-        async with reading():
+        async with self._reading():
             if is_async(self.function):
                 return await call()
             return await _handed_on(await pool.run(call))
+
+    def _reading(self) -> AbstractAsyncContextManager[None]:
+        return reading() if self.reads else nullcontext()
 
     async def _in_turn(
         self, call: Callable[[], Any], pool: ComputePool, turns: asyncio.Semaphore
@@ -71,7 +76,7 @@ class Entry:
         await turns.acquire()
         running: asyncio.Future[Any] | None = None
         try:
-            async with reading():
+            async with self._reading():
                 if is_async(self.function):
                     return await call()
                 running = pool.start(call)
@@ -248,7 +253,7 @@ class Registry:
         allowed = None if allow is None else frozenset(allow)
         for key, function in functions.items():
             adapted = function if internal else self.adapt(function)
-            self._entries[key] = Entry(adapted, turns, allowed, idempotent)
+            self._entries[key] = Entry(adapted, turns, allowed, idempotent, reads=not internal)
         if inspect.isclass(target):
             exposed = expose if isinstance(expose, str) else frozenset(expose)
             self._offers[target] = Offer(exposed, concurrency or 1, allowed, idempotent)

@@ -207,19 +207,26 @@ class RRefs:
 
     def _take(self, reference: Reference, peer: Any) -> Held:
         fork = Fork(reference.rref_id, reference.fork_id, reference)
-        if self.is_mine(reference):
+        if fork.fork_id in self._forks:
+            # Letting go of one of the two would let go of the other.
+            fork.fork_id = ids.random_id()
+            self._refuse(fork, ProtocolError(f"fork {reference.fork_id} of an RRef came twice"))
+        elif self.is_mine(reference):
             self._tell_accepted(fork, peer)
             if not self._may_come_home(fork, peer):
-                # Who waits for the claims of a message hears of it; the others in it are good.
-                fork.is_refused = True
-                unknown = self._unknown(fork.rref_id, f"worker {peer.name!r} holds none")
-                self._claims[fork.fork_id] = self._node.spawn(_refuse(unknown))
+                reason = f"worker {peer.name!r} holds none"
+                self._refuse(fork, self._unknown(fork.rref_id, reason))
         elif reference.incarnation == peer.incarnation:
             fork.peer = peer  # the owner counts what it sends
         else:
             fork.is_claimed = False
             self._claims[fork.fork_id] = self._node.spawn(self._claim(fork, peer))
         return self._hold(fork)
+
+    def _refuse(self, fork: Fork, error: ZmqAutogradError) -> None:
+        """Have who waits for the claims of its message hear of it; the others in it are good."""
+        fork.is_refused = True
+        self._claims[fork.fork_id] = self._node.spawn(_raise(error))
 
     def _may_come_home(self, fork: Fork, peer: Any) -> bool:
         owned = self._owned.get(fork.rref_id)
@@ -369,7 +376,7 @@ def _collected(table: weakref.ref[RRefs], loop: asyncio.AbstractEventLoop, fork_
         return  # the loop is closed: all that was held has gone with it
 
 
-async def _refuse(error: ZmqAutogradError) -> None:
+async def _raise(error: ZmqAutogradError) -> None:
     raise error
 
 

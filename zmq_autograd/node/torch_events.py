@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from torch.autograd import profiler_legacy
@@ -17,10 +17,18 @@ from torch.autograd.profiler_util import FunctionEvent
 from zmq_autograd.node.profiled import Event, ProfilerOptions
 from zmq_autograd.node.recorder import Recorder
 
-NODE_IDS: Final[dict[str, int]] = {}
-"""What ``FunctionEvent.node_id`` is by a worker's name, "" for this process; -1 where not here."""
-
 _FIRST_THREAD: Final = 2**32  # numbers of other workers' threads: no thread here has one
+
+_numbers: dict[str, int] = {}
+
+
+def number_workers(numbers: Mapping[str, int]) -> None:
+    """Have events tell, as ``node_id``, which worker they are of: by name, "" is this process.
+
+    Those that have no number get -1, as all had before.
+    """
+    global _numbers
+    _numbers = dict(numbers)
 
 
 class ProfileRecorder(Recorder):
@@ -97,7 +105,7 @@ def _function_event(event: Event, base: int, threads: dict[tuple[int, str, int],
         cpu_memory_usage=event.memory,
         is_async=event.is_async,
         is_remote=bool(event.worker),
-        node_id=NODE_IDS.get(event.worker, -1),
+        node_id=_numbers.get(event.worker, -1),
         flops=event.flops,
     )
 

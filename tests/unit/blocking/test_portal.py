@@ -19,7 +19,7 @@ import torch
 import zmq_autograd as za
 from tests.helpers import DEADLINE
 from zmq_autograd.blocking import Portal, current_portal
-from zmq_autograd.blocking.portal import _Running
+from zmq_autograd.blocking.portal import _portals, _Running
 from zmq_autograd.node.current import Call, current_call
 from zmq_autograd.wire.messages import Modes
 
@@ -283,6 +283,8 @@ async def test_it_leads_to_a_loop_of_somebody_elses() -> None:
     assert await asyncio.to_thread(portal.call, asyncio.get_running_loop) is loop
     await asyncio.to_thread(portal.close)
     assert await asyncio.to_thread(portal.run, here) is loop
+    # A compute thread makes one for each thing that it does: none is there to be closed at the end.
+    assert portal not in _portals
 
 
 def test_a_loop_that_has_ended_is_told_of() -> None:

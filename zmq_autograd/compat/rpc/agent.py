@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
@@ -38,6 +40,7 @@ from zmq_autograd.errors import (
     ZmqAutogradError,
 )
 from zmq_autograd.node.compute import compute
+from zmq_autograd.node.torch_events import number_workers
 
 if TYPE_CHECKING:
     from zmq_autograd.blocking.portal import Portal
@@ -53,6 +56,27 @@ RECONNECT_SECONDS: Final = 1.0
 """Seconds to reach one that was lost or could not be reached: it listens there, or is no more."""
 
 _ENTRY: Final = "rpc.call"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A call that is to be made.
+
+    Attributes:
+        to: the worker that is called.
+        function: what is called.
+        name: what that is called there.
+        packed: the arguments.
+        seconds: how long it may take, None for no limit.
+        is_control: it is the group's own: workers do not wait for it before they leave.
+    """
+
+    to: WorkerInfo
+    function: Callable[..., Any]
+    name: str
+    packed: Packed
+    seconds: float | None
+    is_control: bool
 
 
 class Agent:
@@ -107,6 +131,7 @@ class Agent:
 
     def joined(self) -> None:
         """Serve others from now on, even those that came before: everybody is known."""
+        number_workers({"": self.me.id} | {info.name: info.id for info in self.group.infos()})
         self.portal.call(self._joined.set)
 
     @property
@@ -182,92 +207,64 @@ class Agent:
             timeout = self.rpc_timeout
         return constants.seconds_of(timeout)
 
-    def call(
+    def asked(
         self,
         to: WorkerInfo,
         function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        timeout: float = constants.UNSET_RPC_TIMEOUT,
         *,
         is_control: bool = False,
-    ) -> Any:
-        """Call a function on another worker, or on this one, and wait for its result.
+    ) -> Asked:
+        """Return the call of a function, packed and not yet sent; on `to`, or on this worker.
 
         Raises:
-            CannotTravel: the function or an argument cannot; nothing was sent.
+            CannotTravel: the function or an argument cannot.
+        """
+        target: Any = function
+        if isinstance(target, MethodType) and not isinstance(target.__self__, type):
+            target, args = target.__func__, (target.__self__, *args)
+        name = state.names.name_of(target)
+        packed = state.values.pack((tuple(args), dict(kwargs or {})))
+        return Asked(to, function, name, packed, self.seconds(timeout), is_control)
+
+    def call(self, asked: Asked) -> Any:
+        """Make a call and wait for its result.
+
+        Raises:
+            CannotTravel: an argument cannot; nothing was sent.
             RpcTimeout: it took too long.
             RuntimeError: the worker is lost, or does not offer the function.
             Exception: what the function raised, by its type where that is known here.
         """
-        name, packed = self._packed(function, args, kwargs)
-        seconds = self.seconds(timeout)
-        with profiled("sync", function, self.me, to):
-            return self.portal.run(self._call, to, name, packed, seconds, is_control=is_control)
+        with profiled("sync", asked.function, self.me, asked.to):
+            return self.portal.run(self.exchange, asked)
 
-    def call_async(
-        self,
-        to: WorkerInfo,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float,
-        *,
-        is_control: bool = False,
-    ) -> Future[Any]:
-        """Call a function as `call` does, and return the future of its result."""
-        name, packed = self._packed(function, args, kwargs)
-        seconds = self.seconds(timeout)
-        self._meet(to)
-        with profiled("async", function, self.me, to):
-            return self.future_of(self._call, to, name, packed, seconds, is_control=is_control)
+    def call_async(self, asked: Asked) -> Future[Any]:
+        """Make a call as `call` does, and return the future of its result."""
+        self._meet(asked.to)
+        with profiled("async", asked.function, self.me, asked.to):
+            return self.future_of(self.exchange, asked)
 
-    def call_remote(
-        self,
-        to: WorkerInfo,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float,
-    ) -> RRef[Any]:
-        """Call a function as `call` does, keep the result there, and return the RRef at once."""
-        name, packed = self._packed(function, args, kwargs)
-        self._meet(to)
-        # Whoever asks for the value waits no longer than `timeout`; the call itself is not ended,
+    def call_remote(self, asked: Asked) -> RRef[Any]:
+        """Make a call as `call` does, keep the result there, and return the RRef at once."""
+        self._meet(asked.to)
+        # Whoever asks for the value waits no longer than the call may take; it itself is not ended,
         # so that the value stays as long as the RRef does.
-        with profiled("remote", function, self.me, to):
+        endless = dataclasses.replace(asked, seconds=None)
+        with profiled("remote", asked.function, self.me, asked.to):
             made: concurrent.futures.Future[za.RRef] = self.portal.start(
-                self._call, to, name, packed, None, keep=True
+                self.exchange, endless, keep=True
             )
-        seconds = self.seconds(timeout)
-        held = made if seconds is None else self.portal.start(_within, made, seconds)
-        return RRef._made(self, to, held, made)  # type: ignore[return-value]
-
-    async def exchange(
-        self,
-        to: WorkerInfo,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float,
-    ) -> Any:
-        """Call a function as `call` does, on the event loop."""
-        name, packed = self._packed(function, args, kwargs)
-        return await self._call(to, name, packed, self.seconds(timeout))
+        held = made if asked.seconds is None else self.portal.start(_within, made, asked.seconds)
+        return RRef._made(self, asked.to, held, made)  # type: ignore[return-value]
 
     def future_of(
         self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
     ) -> Future[Any]:
         """Call a coroutine function on the event loop and return the future of its result."""
         return self._futures.of(function, *args, **kwargs)
-
-    def _packed(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[str, Packed]:
-        target: Any = function
-        if isinstance(target, MethodType) and not isinstance(target.__self__, type):
-            target, args = target.__func__, (target.__self__, *args)
-        return state.names.name_of(target), state.values.pack((tuple(args), dict(kwargs)))
 
     def _meet(self, to: WorkerInfo) -> None:
         """Connect to `to`, so that a call to it has read its tensors when it first suspends."""
@@ -300,27 +297,20 @@ class Agent:
             self._unreachable.discard(to.name)
         return peer
 
-    async def _call(
-        self,
-        to: WorkerInfo,
-        name: str,
-        packed: Packed,
-        seconds: float | None,
-        *,
-        keep: bool = False,
-        is_control: bool = False,
-    ) -> Any:
-        if not is_control:
+    async def exchange(self, asked: Asked, *, keep: bool = False) -> Any:
+        """Make a call as `call` does, on the event loop; ``keep`` the result there as an RRef."""
+        if not asked.is_control:
             self._begin()
+        packed, seconds = asked.packed, asked.seconds
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
             async with asyncio.timeout(seconds):
                 rrefs = [await rref._fork() for rref in packed.rrefs]
-                peer = await self.reach(to)
+                peer = await self.reach(asked.to)
             left = None if seconds is None else max(0.0, seconds - (loop.time() - began))
             parts = (packed.skeleton, packed.tensors, rrefs)
-            reply = await peer.call(_ENTRY, name, *parts, keep, timeout=left)
+            reply = await peer.call(_ENTRY, asked.name, *parts, keep, timeout=left)
         except (TimeoutError, DeadlineExceeded) as error:
             raise timed_out(seconds) from error
         except SerializationError as error:
@@ -328,7 +318,7 @@ class Agent:
         except ZmqAutogradError as error:
             raise RuntimeError(str(error)) from error
         finally:
-            if not is_control:
+            if not asked.is_control:
                 self._end()
         return self._result(reply)
 
@@ -401,6 +391,7 @@ class Agent:
         """Close the worker; what waits for a reply hears that there will be none."""
         await self.worker.close()
         await self._futures.close()
+        number_workers({})
 
     def _begin(self) -> None:
         self._started += 1

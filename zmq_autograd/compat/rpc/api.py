@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 import torch
 from torch.futures import Future
 
-from zmq_autograd.compat.rpc import state
-from zmq_autograd.compat.rpc.agent import Agent
+from zmq_autograd.compat.rpc import futures, state
+from zmq_autograd.compat.rpc.agent import Agent, Asked
 from zmq_autograd.compat.rpc.constants import (
     DEFAULT_SHUTDOWN_TIMEOUT,
     UNSET_RPC_TIMEOUT,
@@ -24,7 +23,6 @@ from zmq_autograd.compat.rpc.constants import (
 from zmq_autograd.compat.rpc.gathering import AllGatherStates, Gatherings, wait
 from zmq_autograd.compat.rpc.rref import RRef
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
-from zmq_autograd.node.torch_events import NODE_IDS
 
 __all__ = [
     "AllGatherStates",
@@ -50,7 +48,7 @@ codec = state.values.codec
 # Whether RRefs that this worker still holds when it leaves are passed over in silence.
 _ignore_rref_leak = True
 
-_thread_local_var: Final = threading.local()
+_thread_local_var: Final = futures.collecting
 _gatherings: Final = Gatherings()
 
 
@@ -75,8 +73,6 @@ def _reset_current_rpc_agent() -> None:
 
 def _init_rpc_states(agent: Any) -> None:
     """Take part by `agent`, a backend's."""
-    infos = agent.get_worker_infos()
-    NODE_IDS.update({info.name: info.id for info in infos})
     if not _is_current_rpc_agent_set():
         _set_and_start_rpc_agent(agent)
 
@@ -142,8 +138,7 @@ def rpc_sync(
         Exception: what `func` raised there, by its type if that is known here, with its traceback
             as text.
     """
-    agent, info = state.agent(), _to_worker_info(to)
-    return agent.call(info, _checked(func), args or (), kwargs or {}, timeout)
+    return state.agent().call(_asked(to, func, args, kwargs, timeout))
 
 
 def rpc_async(
@@ -158,11 +153,7 @@ def rpc_async(
     Raises:
         RuntimeError: there is no such worker, or something cannot travel.
     """
-    agent, info = state.agent(), _to_worker_info(to)
-    future = agent.call_async(info, _checked(func), args or (), kwargs or {}, timeout)
-    if hasattr(_thread_local_var, "future_list"):
-        _thread_local_var.future_list.append(future)
-    return future
+    return state.agent().call_async(_asked(to, func, args, kwargs, timeout))
 
 
 def remote(
@@ -179,19 +170,27 @@ def remote(
     Raises:
         RuntimeError: there is no such worker, or something cannot travel.
     """
+    return state.agent().call_remote(_asked(to, func, args, kwargs, timeout))
+
+
+def _asked(
+    to: To,
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    timeout: float,
+    *,
+    is_control: bool = False,
+) -> Asked:
     agent, info = state.agent(), _to_worker_info(to)
-    return agent.call_remote(info, _checked(func), args or (), kwargs or {}, timeout)
-
-
-def _checked(func: Callable[..., Any]) -> Callable[..., Any]:
     if not callable(func):
         raise TypeError("function should be callable.")
-    return func
+    return agent.asked(info, func, args or (), kwargs, timeout, is_control=is_control)
 
 
 @contextlib.contextmanager
 def _wait_all() -> Iterator[None]:
-    """Wait, on leaving the block, for all futures that `rpc_async` returned in it."""
+    """Wait, on leaving the block, for the futures of all calls that were made in it."""
     _thread_local_var.future_list = []
     try:
         yield
@@ -228,7 +227,7 @@ def _all_gather(
         _gatherings.take(sequence_id, leader, obj, names)
     else:
         told = (sequence_id, agent.me.name, obj, sorted(names))
-        agent.call(get_worker_info(leader), _gather_here, told, {}, timeout, is_control=True)
+        agent.call(_asked(leader, _gather_here, told, None, timeout, is_control=True))
     gathering = _gatherings.of(sequence_id)
     wait(gathering, leader, signal_seconds)
     if agent.me.name == leader:
@@ -238,14 +237,12 @@ def _all_gather(
 
 def _tell_followers(agent: Agent, sequence_id: str, names: list[str], timeout: float) -> None:
     told = (sequence_id, _gatherings.of(sequence_id).gathered_objects)
-    futures = {
-        name: agent.call_async(
-            get_worker_info(name), _complete_here, told, {}, timeout, is_control=True
-        )
+    asked = {
+        name: agent.call_async(_asked(name, _complete_here, told, None, timeout, is_control=True))
         for name in names
     }
     errors = []
-    for name, future in futures.items():
+    for name, future in asked.items():
         try:
             future.wait()
         except RuntimeError as error:
@@ -328,7 +325,6 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -
     agent = state.agent()
     with contextlib.ExitStack() as leaving:  # the last comes first, and all of them do
         leaving.callback(_reset_current_rpc_agent)
-        leaving.callback(NODE_IDS.clear)
         leaving.callback(_gatherings.clear)
         leaving.callback(agent.portal.run, agent.close)
         leaving.callback(agent.group.leave, agent.me)

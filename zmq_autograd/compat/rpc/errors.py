@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zmq_autograd.errors import SerializationError
+from zmq_autograd.errors import PartialStepError, SerializationError
 
 
 class CannotTravel(SerializationError, RuntimeError):
@@ -15,6 +15,10 @@ class NotAllowed(RuntimeError):
 
 class RpcTimeout(RuntimeError):
     """A call that took longer than it may."""
+
+
+class PartialStep(PartialStepError, RuntimeError):
+    """An optimizer's step that some workers applied, or may have applied, and others did not."""
 
 
 def timed_out(seconds: float | None) -> RpcTimeout:

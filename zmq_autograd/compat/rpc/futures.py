@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 CALLBACK_SECONDS: Final = 5.0
 """Seconds that callbacks of futures have to end when a worker leaves."""
+
+collecting: Final = threading.local()
+"""Has a ``future_list`` in a thread that waits for all futures which are made in a block."""
 
 
 class Futures:
@@ -31,6 +35,8 @@ class Futures:
         """Call a coroutine function on the event loop and return the future of its result."""
         future: Future[Any] = Future()
         self._portal.start(self._settle, future, functools.partial(function, *args, **kwargs))
+        if hasattr(collecting, "future_list"):
+            collecting.future_list.append(future)
         return future
 
     async def close(self) -> None:

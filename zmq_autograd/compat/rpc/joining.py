@@ -19,7 +19,6 @@ from zmq_autograd.compat.rpc import state
 from zmq_autograd.compat.rpc.agent import Agent
 from zmq_autograd.compat.rpc.options import TensorPipeRpcBackendOptions
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
-from zmq_autograd.node.torch_events import NODE_IDS
 from zmq_autograd.transport import is_loopback
 from zmq_autograd.worker import Worker
 
@@ -213,7 +212,6 @@ def join(store: Any, name: str, rank: int, world_size: int | None, options: Any)
         portal.run(worker.close)
         raise
     agent.joined()
-    NODE_IDS[""] = me.id  # what this process itself records
     return agent
 
 

@@ -25,7 +25,7 @@ from zmq_autograd.compat.rpc.functions import async_execution, is_async_executio
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
 
 if TYPE_CHECKING:
-    from zmq_autograd.compat.rpc.agent import Agent
+    from zmq_autograd.compat.rpc.agent import Agent, Asked
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class PyRRef(Generic[T]):
         Raises:
             RuntimeError: `init_rpc` has not been called.
         """
-        agent = state.agent_for_rrefs()
+        agent = state.agent()
         self._begin(agent, agent.me, (agent.me.id, agent.next_local_id()))
         self._value: Any = value
         self._is_local = True
@@ -62,7 +62,6 @@ class PyRRef(Generic[T]):
         self._kept: concurrent.futures.Future[za.RRef] | None = None
         self._shared: weakref.ref[za.RRef] | None = None
         self._type: Future[type] | None = None
-        self._profiling: Future[Any] | None = None
 
     @classmethod
     def _made(
@@ -164,7 +163,7 @@ class PyRRef(Generic[T]):
         left = 0.0 if seconds is None else seconds - (time.monotonic() - began)
         if left <= 0 and seconds is not None:
             raise timed_out(seconds)
-        value: T = self._agent.call(self._owner, _fetch, (self,), {}, left)
+        value: T = self._agent.call(self._asked(_fetch, timeout=left))
         return value
 
     def _taken(self, seconds: float | None) -> za.RRef:
@@ -235,16 +234,20 @@ class PyRRef(Generic[T]):
                 self._type = Future()
                 self._type.set_result(type(self.local_value()))
             else:
-                asked = self._agent.call_async(
-                    self._owner, _rref_typeof_on_owner, (self,), {}, timeout
-                )
-                asked.add_done_callback(self._forget_failed_type)
-                self._type = asked
+                asked = self._asked(_rref_typeof_on_owner, timeout=timeout)
+                self._type = self._agent.call_async(asked)
+                self._type.add_done_callback(self._forget_failed_type)
         return self._type.wait() if blocking else self._type
 
-    def _forget_failed_type(self, asked: Future[type]) -> None:
+    def _asked(
+        self, function: Callable[..., Any], *args: Any, timeout: float = UNSET_RPC_TIMEOUT
+    ) -> Asked:
+        """Return the call, on the owner, of a function of this module."""
+        return self._agent.asked(self._owner, function, (self, *args), timeout=timeout)
+
+    def _forget_failed_type(self, kind: Future[type]) -> None:
         try:
-            asked.wait()
+            kind.wait()
         except Exception:  # noqa: BLE001  # who asked hears it; the next one asks again
             self._type = None
 
@@ -262,7 +265,7 @@ class PyRRef(Generic[T]):
 
     def _get_profiling_future(self) -> Future[Any]:
         """Return the future of the event that a profiler records of the call."""
-        return self._profiling or self._get_future()
+        return self._get_future()
 
     # --- differentiating -------------------------------------------------------------------------
 
@@ -281,8 +284,7 @@ class PyRRef(Generic[T]):
         elif dist_autograd_ctx_id == _NO_CONTEXT:
             raise RuntimeError("User RRefs require 'dist_autograd_ctx_id' to be specified")
         else:
-            args = (self, dist_autograd_ctx_id, retain_graph)
-            self._agent.call(self._owner, _rref_backward, args, {}, UNSET_RPC_TIMEOUT)
+            self._agent.call(self._asked(_rref_backward, dist_autograd_ctx_id, retain_graph))
 
 
 class RRef(PyRRef[T]):
@@ -313,29 +315,27 @@ class RRefProxy:
     def _invoke(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rref, agent = self._rref, self._rref._agent
         if self._mode == "async":
-            asked = rref._get_type(self._timeout, blocking=False)
-            return agent.future_of(self._invoke_later, asked, name, args, kwargs)
-        function = self._function(rref._get_type(self._timeout), name)
+            kind = rref._get_type(self._timeout, blocking=False)
+            return agent.future_of(self._invoke_later, kind, name, args, kwargs)
         call = agent.call if self._mode == "sync" else agent.call_remote
-        return call(rref.owner(), function, (rref, name, args, kwargs), {}, self._timeout)
+        return call(self._asked(rref._get_type(self._timeout), name, args, kwargs))
 
     async def _invoke_later(
-        self, asked: Future[type], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, kind: Future[type], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Wait for the type without holding up whoever called."""
-        rref, agent = self._rref, self._rref._agent
-        call_args = (rref, name, args, kwargs)
-        function = self._function(await value_of(asked), name)
-        return await agent.exchange(rref.owner(), function, call_args, {}, self._timeout)
+        asked = self._asked(await value_of(kind), name, args, kwargs)
+        return await self._rref._agent.exchange(asked)
 
-    @staticmethod
-    def _function(kind: type, name: str) -> Callable[..., Any]:
-        """Return what to call on the owner.
+    def _asked(self, kind: type, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
+        """Return the call of a method of a value of type `kind`.
 
         Raises:
-            AttributeError: the value's type has no such method.
+            AttributeError: the type has no such method.
         """
-        return _local_invoke_async if is_async_execution(getattr(kind, name)) else _local_invoke
+        is_async = is_async_execution(getattr(kind, name))
+        invoke = _local_invoke_async if is_async else _local_invoke
+        return self._rref._asked(invoke, name, args, kwargs, timeout=self._timeout)
 
 
 # --- what runs on the owner ----------------------------------------------------------------------

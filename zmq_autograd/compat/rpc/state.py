@@ -35,20 +35,7 @@ def agent() -> Agent:
     """
     if _agent is None:
         raise RuntimeError(
-            "RPC has not been initialized. Call zmq_autograd.compat.rpc.init_rpc first."
+            "RPC has not been initialized. Current RPC agent is not set! Did you initialize the "
+            "RPC framework (e.g. by calling `rpc.init_rpc`)?"
         )
     return _agent  # type: ignore[no-any-return]  # a backend of the program's own may be any object
-
-
-def agent_for_rrefs() -> Agent:
-    """Return the agent, for the constructor of an RRef.
-
-    Raises:
-        RuntimeError: `init_rpc` has not been called.
-    """
-    if _agent is None:
-        raise RuntimeError(
-            "Current RPC agent is not set! Did you initialize the RPC framework "
-            "(e.g. by calling `rpc.init_rpc`)?"
-        )
-    return agent()
