@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from zmq_autograd.engine import BACKWARD_TIMEOUT, Context, local_context
 from zmq_autograd.errors import ConfigurationError
-from zmq_autograd.node import Fork, Held
-from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker
+from zmq_autograd.node import Fork, Held, call_owned
+from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker, caller_of
+from zmq_autograd.session import checked_timeout
 from zmq_autograd.wire.messages import RRefBackwardRequest, RRefBackwardResponse
 
 if TYPE_CHECKING:
@@ -78,9 +79,10 @@ class RRef(Held):
             RemoteError: the value cannot travel.
             ZmqAutogradError: as for `RemoteWorker.call`.
         """
+        timeout = checked_timeout(timeout)
         if self.is_owner:
             return self.local_value()
-        return await self._peer.fetch(self.rref_id, timeout=timeout)
+        return await caller_of(self._peer).fetch(self.rref_id, timeout)
 
     async def call(
         self, method: str, /, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any
@@ -162,8 +164,12 @@ class RRef(Held):
         *,
         keep: bool = False,
     ) -> Any:
-        owner = self._node if self.is_owner else self._peer
-        return await owner.call_method(self.rref_id, method, args, kwargs, timeout, keep=keep)
+        if self.is_owner:
+            return await call_owned(
+                self._node, self.rref_id, method, args, kwargs, timeout, keep=keep
+            )
+        caller = caller_of(self._peer)
+        return await caller.call(method, args, kwargs, timeout, target_id=self.rref_id, keep=keep)
 
     @property
     def _peer(self) -> RemoteWorker:

@@ -211,6 +211,16 @@ async def test_outside_a_context_the_graph_is_not_cut_silently(pair: Pair) -> No
         assert not result.requires_grad
 
 
+@pytest.mark.parametrize("function", [len, None, b"work"])
+async def test_a_function_goes_by_its_name(pair: Pair, function: Any) -> None:
+    """In torch.distributed.rpc it goes itself."""
+    pair.bob.register(lambda: 1, "one")
+    rref = await pair.remote_bob.remote("one")
+    for call in (pair.remote_bob.call, pair.remote_bob.remote, rref.call, rref.remote):
+        with pytest.raises(za.ConfigurationError, match="expected the name of what is registered"):
+            await call(function)
+
+
 # --- when what is sent is read -------------------------------------------------------------------
 
 

@@ -47,6 +47,20 @@ def ones() -> Tensor:
 # --- what is in a context ------------------------------------------------------------------------
 
 
+async def test_a_context_has_to_be_entered_before_it_is_used(chain: Fleet) -> None:
+    bob = await chain.way("alice", "bob")
+    chain["bob"].register(torch.nn.Linear(2, 2), "net", expose="module")
+    net = await bob.module("net")
+    ctx = chain["alice"].context()
+    rref = chain["alice"].rref(ones().sum())
+    for use in (lambda: ctx.backward(rref), lambda: net.gradients(ctx), ctx.graph):
+        with pytest.raises(za.ContextError, match="has not been entered"):
+            await use()
+    with pytest.raises(za.ContextError, match="has not been entered"):
+        ctx.gradients()
+    assert not chain.contexts()
+
+
 async def test_there_is_no_context_outside_of_one(chain: Fleet) -> None:
     bob = await chain.way("alice", "bob")
     assert za.current_context() is None

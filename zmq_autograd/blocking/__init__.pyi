@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from zmq_autograd.autograd.owned_optimizer import Group
 from zmq_autograd.blocking.portal import Portal as Portal
 from zmq_autograd.blocking.portal import current_portal as current_portal
-from zmq_autograd.engine import LocalContext
 from zmq_autograd.module import IncompatibleKeys
 from zmq_autograd.node import Expose
 from zmq_autograd.wire import Limits
@@ -63,18 +62,6 @@ class RemoteWorker:
     ) -> PropagateGradientsResponse: ...
     def request(self, message: Request, *, timeout: float | None = ...) -> Reply: ...
     def context(self) -> Context: ...
-    def call_method(
-        self,
-        rref_id: int,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        *,
-        keep: bool = ...,
-    ) -> Any: ...
-    def fetch(self, rref_id: int, timeout: float | None) -> Any: ...
-    def check_context(self, context: LocalContext) -> None: ...
     def __getattr__(self, name: str) -> Any: ...
 
 class Context:

@@ -105,7 +105,7 @@ class Context:
 
         Raises:
             ConfigurationError: the roots, their gradients or the timeout cannot be.
-            ContextError: the context has ended, belongs to a pass that failed without
+            ContextError: the context is not open, belongs to a pass that failed without
                 `retain_graph`, or does not reach back to what a root was computed from.
             RemoteError: a hook or a function raised on another worker.
             WorkerLost: a gradient would have to go to a worker that is lost.
@@ -117,6 +117,7 @@ class Context:
         scope = current_scope.get()
         if scope is not None and scope.is_pass:
             raise self._local.error("a hook cannot call backward: passes run one after another")
+        self._local.check_open()
         self._local.passes.check_usable()
         timeout = checked_timeout(timeout)
         if isinstance(roots, RemoteRoot):
@@ -143,8 +144,9 @@ class Context:
         """Return the gradients of this worker's leaves, summed over the context's passes.
 
         Raises:
-            ContextError: the context has ended, or a hook failed to take a pass's gradients over.
+            ContextError: the context is not open, or a hook failed to take a pass's gradients over.
         """
+        self._local.check_open()
         return self._local.gradients()
 
     async def graph(self) -> str:
@@ -157,9 +159,9 @@ class Context:
         seconds, is left out with all behind it, and the title says so.
 
         Raises:
-            ContextError: the context has ended.
+            ContextError: the context is not open.
         """
-        self._local.check_not_ended()
+        self._local.check_open()
         return to_dot(self.context_id, await collect(self._local, self._local.table.host))
 
 

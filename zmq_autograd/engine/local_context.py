@@ -115,7 +115,12 @@ class LocalContext:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Have what this task runs in a block be in this context, whichever it is in outside."""
+        """Have what this task runs in a block be in this context, whichever it is in outside.
+
+        Raises:
+            ContextError: it is not open.
+        """
+        self.check_open()
         scope = current_scope.get()
         is_in = scope is not None and scope.context is self
         token = current_scope.set(scope if is_in else Scope(self, self._own_place))

@@ -1,5 +1,6 @@
 """One running worker inside: channels, handlers, registered functions and compute threads."""
 
+from zmq_autograd.node.caller import Caller, Home, call_owned, has_not_left
 from zmq_autograd.node.channel import Channel
 from zmq_autograd.node.codecs import Codecs
 from zmq_autograd.node.compute import compute
@@ -10,6 +11,7 @@ from zmq_autograd.node.node import Node
 from zmq_autograd.node.registry import RESERVED_PREFIX, Expose, Registry
 
 __all__ = [
+    "Caller",
     "Channel",
     "Codecs",
     "Dispatcher",
@@ -17,10 +19,13 @@ __all__ = [
     "Fork",
     "Handler",
     "Held",
+    "Home",
     "Node",
     "RESERVED_PREFIX",
     "Registry",
+    "call_owned",
     "compute",
     "current_call",
     "current_modes",
+    "has_not_left",
 ]

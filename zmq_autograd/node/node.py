@@ -20,13 +20,12 @@ from zmq_autograd.node import defaults
 from zmq_autograd.node.channel import Channel
 from zmq_autograd.node.codecs import Codecs
 from zmq_autograd.node.compute import ComputePool
-from zmq_autograd.node.current import shortened
 from zmq_autograd.node.dispatcher import Dispatcher
 from zmq_autograd.node.forks import Fork, Held
 from zmq_autograd.node.registry import Registry
 from zmq_autograd.node.rrefs import RRefs
 from zmq_autograd.node.torch_profiles import carry
-from zmq_autograd.session import HandleRequest, Identity, checked_timeout, error_response
+from zmq_autograd.session import HandleRequest, Identity, error_response
 from zmq_autograd.transport import Link, Listener, Transports
 from zmq_autograd.wire.messages import Message, Modes
 from zmq_autograd.wire.values import tensors_in
@@ -84,7 +83,7 @@ class Node:
         self.codecs = codecs
         self.rrefs = RRefs(self, make_rref)
         self.worker = worker
-        self._registry = registry
+        self.registry = registry
         self._dispatcher = dispatcher
         self._make_peer = make_peer
         self._transport = Transports(me.limits)
@@ -258,40 +257,6 @@ class Node:
         """
         keeps(tensors_in(value))
         return self.rrefs.keep(value)
-
-    def value_dropped(self) -> None:
-        """Take in that nobody holds a value any more: a step may wait for that."""
-        self.contexts.gate.changed()
-
-    async def call_method(
-        self,
-        rref_id: int,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        *,
-        keep: bool = False,
-    ) -> Any:
-        """Call a method of a value that lives here, as its holders elsewhere do.
-
-        Raises:
-            NotRegistered: its class is not registered, or exposes no such method.
-            DeadlineExceeded: it did not return in time.
-        """
-        owned = self.rrefs.owned(rref_id)
-        entry = self._registry.method(owned, method, None)
-        try:
-            async with asyncio.timeout(shortened(checked_timeout(timeout))) as until:
-                result = await entry.call(args, kwargs, self.pool)
-        except TimeoutError:
-            if not until.expired():  # it is what the method raised
-                raise
-            raise DeadlineExceeded(
-                f"method {method!r} on worker {self.name!r} did not return within {timeout} s",
-                workers=(self.name,),
-            ) from None
-        return self.keep(result) if keep else result
 
     # --- requests --------------------------------------------------------------------------------
 

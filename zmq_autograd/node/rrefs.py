@@ -119,7 +119,7 @@ class RRefs:
             owned.forks.pop(fork_id, None)
             if not owned.forks:
                 del self._owned[rref_id]
-                self._node.value_dropped()
+                self._node.contexts.gate.changed()
 
     # --- holding ---------------------------------------------------------------------------------
 

@@ -26,10 +26,10 @@ from zmq_autograd.errors import (
     RemoteError,
     SerializationError,
 )
-from zmq_autograd.node import compute
+from zmq_autograd.node import compute, has_not_left
 from zmq_autograd.node.optimizers import PREFIX, state_from, state_items
 from zmq_autograd.node.states import Item, checked_items, in_pieces
-from zmq_autograd.remote import RemoteWorker, has_not_left
+from zmq_autograd.remote import RemoteWorker, caller_of
 from zmq_autograd.rref import RRef
 from zmq_autograd.session import exception_from
 from zmq_autograd.wire.messages import ErrorResponse
@@ -226,7 +226,7 @@ class RemotePart:
         return cls(owner, rref, numbers, (defaults, hyperparameters))
 
     def check_context(self, context: LocalContext) -> None:
-        self._owner.check_context(context)
+        caller_of(self._owner).check_context(context)
 
     def name_in(self, context: LocalContext) -> str:
         return self._owner.name

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given, settings
@@ -88,6 +89,8 @@ class Worker:
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        # Nothing here waits for a value to be dropped.
+        self.contexts = SimpleNamespace(gate=SimpleNamespace(changed=lambda: None))
         self.rrefs = RRefs(self, Held)  # type: ignore[arg-type]  # as much of a node as it needs
 
     @property
@@ -120,9 +123,6 @@ class Worker:
         task.add_done_callback(self.tasks.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
-
-    def value_dropped(self) -> None:
-        """Nothing here waits for that."""
 
     async def ask(self, peer: Peer) -> None:
         """Hold what `peer` held last, too."""
