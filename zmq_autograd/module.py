@@ -5,7 +5,7 @@ All of it is calls of what the module's owner exposed; the other side is `node.m
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
@@ -14,15 +14,12 @@ from torch import Tensor
 from zmq_autograd.engine import Context, local_context
 from zmq_autograd.errors import ConfigurationError, NotRegistered, ProtocolError
 from zmq_autograd.node import Held
-from zmq_autograd.node.states import Item, checked_items, in_pieces, items_of, state_of
+from zmq_autograd.node.states import Method, items_of, load_all, read_all, state_of
 from zmq_autograd.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
     from zmq_autograd.remote import RemoteWorker
     from zmq_autograd.rref import RRef
-
-Method = Callable[[str], Callable[..., Awaitable[Any]]]
-"""Makes a coroutine function of the name of a method of the module."""
 
 
 class IncompatibleKeys(NamedTuple):
@@ -116,10 +113,12 @@ class RemoteModule:
             timeout: seconds that each call waits for its reply, None for ever.
 
         Raises:
-            ConfigurationError: it lives on this worker.
+            ConfigurationError: it lives on this worker, or is no RRef.
             NotRegistered: the class is not registered so, or not for this worker.
             ZmqAutogradError: as for `RemoteWorker.call`.
         """
+        if not isinstance(rref, Held):
+            raise ConfigurationError(f"from_rref: expected an RRef, got a {type(rref).__name__}")
         if rref.is_owner:
             raise ConfigurationError("the module lives on this worker: use `rref.local_value()`")
         name = f"RRef {rref.rref_id}"
@@ -164,7 +163,7 @@ class RemoteModule:
             ZmqAutogradError: as for `RemoteWorker.call`.
         """
         with local_context(context).entered():
-            items = await self._read("gradients")
+            items = await read_all(self._method, "gradients")
         return {key: value for _, key, value in items}
 
     async def zero_grad(self, set_to_none: bool = True) -> None:
@@ -183,7 +182,7 @@ class RemoteModule:
                 much as it is ready to.
             ZmqAutogradError: as for `RemoteWorker.call`.
         """
-        return state_of(await self._read("read_state"))
+        return state_of(await read_all(self._method, "read_state"))
 
     async def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True
@@ -209,22 +208,8 @@ class RemoteModule:
             (is_metadata, key, value.detach() if isinstance(value, Tensor) else value)
             for is_metadata, key, value in items_of(state_dict)
         ]
-        *pieces, last = in_pieces(items, self.owner.limits) or [[]]
-        kept = None
-        for piece in pieces:
-            kept = await self._method("add_piece")(piece, kept)
-        reply = await self._method("load_pieces")(last, kept, strict)
+        reply = await load_all(self._method, items, self.owner.limits, strict)
         return IncompatibleKeys(*reply)
-
-    async def _read(self, method: str) -> list[Item]:
-        handed = await self._method(method)()
-        if not isinstance(handed, tuple) or len(handed) != 3 or not isinstance(handed[2], int):
-            raise ProtocolError("module: expected a piece, an RRef and how many pieces there are")
-        first, kept, count = handed
-        items = checked_items(first)
-        for number in range(1, count):
-            items += checked_items(await self._method("read_piece")(kept, number))
-        return items
 
     # --- modes, dtype and device -----------------------------------------------------------------
 

@@ -346,6 +346,8 @@ async def test_gradients_are_of_the_context_that_is_named(two: Pair) -> None:
     async with two.bob.context() as foreign:
         with pytest.raises(za.ContextError, match="one worker"):
             await net.gradients(foreign)
+    with pytest.raises(za.ConfigurationError, match=r"expected a context, .* got a NoneType"):
+        await net.gradients(None)  # type: ignore[arg-type]
     with pytest.raises(za.RemoteError, match="within one"):
         await two.remote_bob.call("net.gradients")
 

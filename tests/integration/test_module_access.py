@@ -287,3 +287,5 @@ async def test_an_rref_leads_to_a_module_only_where_its_class_says_so(two: Pair)
             await za.RemoteModule.from_rref(await made)
     with pytest.raises(za.ConfigurationError, match="local_value"):
         await za.RemoteModule.from_rref(two.alice.rref(Net(3)))
+    with pytest.raises(za.ConfigurationError, match="expected an RRef, got a str"):
+        await za.RemoteModule.from_rref("Net")  # type: ignore[arg-type]

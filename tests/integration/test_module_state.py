@@ -16,7 +16,7 @@ import zmq_autograd as za
 from tests.helpers import DEADLINE, Pair, connected, memory_endpoint
 from tests.integration.fleets import until
 from tests.integration.test_module import check_same, exposed, normalising, seeded
-from zmq_autograd.node.modules import MOST_STATES
+from zmq_autograd.node.states import MOST_STATES
 from zmq_autograd.wire.limits import KIB
 
 pytestmark = pytest.mark.timeout(60)
@@ -229,11 +229,9 @@ async def test_a_tensor_that_no_message_has_room_for_is_an_error_that_says_so() 
 
 
 async def test_an_owner_keeps_no_more_than_a_few_states() -> None:
-    # A state of 80 KiB is loaded by three messages, with headers of up to 16 KiB.
-    most = MOST_STATES * (80 + 3 * 16) // 80
     async with small() as two:
         net = await exposed(two, Layers())
-        kept = [await two.remote_bob.call("net.read_state") for _ in range(most)]
+        kept = [await two.remote_bob.call("net.read_state") for _ in range(MOST_STATES)]
         for use in (net.state_dict(), net.load_state_dict(Layers().state_dict())):
             with pytest.raises(za.ResourceExhausted, match="8 times what the module's own takes"):
                 await use
@@ -275,3 +273,7 @@ async def test_what_is_no_state_is_refused(two: Pair, piece: Any) -> None:
     for reference in (3, net.parameters()[0].rref):
         with pytest.raises(za.ZmqAutogradError, match="an RRef to a state"):
             await two.remote_bob.call("net.read_piece", reference, 0)
+    kept = await two.remote_bob.call("net.add_piece", [])
+    for number in (1, -1, 0.0, False, "text"):
+        with pytest.raises(za.ProtocolError, match="expected a piece below 1"):
+            await two.remote_bob.call("net.read_piece", kept, number)

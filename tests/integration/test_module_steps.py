@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,39 +11,12 @@ import torch
 from torch import nn
 
 import zmq_autograd as za
-from tests.helpers import DEADLINE, Pair, connected
+from tests.helpers import Pair, connected
 from tests.integration.fleets import until
 from tests.integration.test_module import check_same, exposed
+from tests.integration.trainers import Held, are_held, is_waiting, slow_sgd
 
 pytestmark = pytest.mark.timeout(60)
-
-HELD_SECONDS = 0.2
-"""How long what has to wait is given to show that it does not."""
-
-
-class Held:
-    """Holds whoever comes until it is let go."""
-
-    def __init__(self) -> None:
-        self.entered = threading.Event()
-        self.gate = threading.Event()
-
-    def hold(self) -> None:
-        self.entered.set()
-        assert self.gate.wait(DEADLINE)
-
-
-def slow_sgd(held: Held) -> type[torch.optim.Optimizer]:
-    """Return an optimizer's class that is held between two parameters."""
-
-    class SlowSGD(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            with torch.no_grad():
-                for parameter in self.param_groups[0]["params"]:
-                    parameter.fill_(1)
-                    held.hold()
-
-    return SlowSGD
 
 
 @pytest.fixture
@@ -86,8 +58,7 @@ async def test_state_waits_for_a_step_that_runs(
     step = asyncio.ensure_future(stepping(two, net, kind))
     await until(held.entered.is_set)
     asked = asyncio.ensure_future(use(net))
-    await asyncio.wait({asked}, timeout=HELD_SECONDS)
-    assert not asked.done()
+    assert await are_held(two.bob, asked)
     held.gate.set()
     found = await asked
     await step
@@ -111,8 +82,7 @@ async def test_a_step_waits_until_a_state_has_been_taken(two: Pair) -> None:
         asked = asyncio.ensure_future(net.state_dict())
         await until(held.entered.is_set)
         step = asyncio.ensure_future(optimizer.step(ctx))
-        await asyncio.wait({step}, timeout=HELD_SECONDS)
-        assert not step.done()
+        assert await is_waiting(two.bob, step)
         check_same(dict(module.named_parameters()), before)
         held.gate.set()
         check_same(await asked, before)

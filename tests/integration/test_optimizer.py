@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -403,6 +404,8 @@ async def test_a_state_that_is_larger_than_a_message_travels_in_several() -> Non
         # Those who ask at once get one each, whole.
         for found in await asyncio.gather(optimizer.state_dict(), optimizer.state_dict()):
             check_state(found, state)
+        # Neither side keeps anything of them: there are the leaves and the optimizer.
+        await until(lambda: server.status()["rrefs"]["owned"] == len(leaves) + 1)
 
 
 async def test_a_state_of_other_groups_is_refused() -> None:
@@ -411,6 +414,29 @@ async def test_a_state_of_other_groups_is_refused() -> None:
         other = torch.optim.Adam([torch.zeros(1)]).state_dict()
         with pytest.raises(za.ConfigurationError, match=r"groups of \[6\] parameters, got \[1\]"):
             await optimizer.load_state_dict(other)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        [],
+        {},
+        {"state": {}},
+        {"state": None, "param_groups": []},
+        {"state": {}, "param_groups": None},
+        {"state": {}, "param_groups": [3]},
+        {"state": {}, "param_groups": [{"params": 1}]},
+    ],
+)
+async def test_what_is_no_state_is_refused(state: Any) -> None:
+    leaf = torch.ones(1, requires_grad=True)
+    async with za.Worker("alone"):
+        optimizer = await za.DistributedOptimizer.create(torch.optim.SGD, [leaf])
+        with pytest.raises(za.ConfigurationError) as raised:
+            await optimizer.load_state_dict(state)
+    assert str(raised.value).startswith("load_state_dict: expected a dict with 'state' and")
+    assert str(raised.value).endswith(f", got {reprlib.repr(state)}")
 
 
 async def test_hooks_of_the_optimizer_run() -> None:
@@ -487,8 +513,12 @@ async def test_what_cannot_be_optimized_is_refused() -> None:
         await refused(r"got a Linear: pass its parameters\(\)", sgd, [there.model.first])
         await refused("got a float", sgd, [1.0])
         await refused("got a set", sgd, [{"params": {params[0]}}])
+        await refused("a list of parameters, got a int", sgd, [{"params": 5}])
+        await refused("a list of parameters, got a NoneType", sgd, [{"params": None}])
+        await refused("got a str", sgd, [{"params": "ab"}])
         await refused("with 'params'", sgd, [{"lr": 1.0}])
         await refused("names for all", sgd, [("a", params[0]), params[1]])
+        await refused("names for all", sgd, [("a", params[0]), ("b", params[1], 3)])
         await refused("LBFGS", torch.optim.LBFGS, params)
         await refused("a class of optimizers", torch.nn.Linear, params)
         with pytest.raises(ValueError, match="non-leaf"):

@@ -63,6 +63,7 @@ class LocalContext:
         parent: the worker that it came from, None on the one that opened it.
         owner: the worker that opened it, where a call has come from that one.
         peers: everybody that a call was exchanged with; a dict for its order.
+        steps: the steps that it has asked for, on any worker, by id.
         is_ended: it has been left, or its way to its owner was lost.
     """
 
@@ -82,6 +83,7 @@ class LocalContext:
         self.parent = parent
         self.owner: Peer | None = None
         self.peers: dict[Peer, None] = {} if parent is None else {parent: None}
+        self.steps: set[int] = set()
         self.is_ended = False
         self._lost = ""
         self.table = table

@@ -3,26 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from torch import Tensor
 
 from zmq_autograd.autograd.owned_optimizer import Gradients, Group, Outcome, OwnedOptimizer
 from zmq_autograd.engine.contexts import Contexts
+from zmq_autograd.engine.host import Peer, tell
 from zmq_autograd.engine.local_context import LocalContext
+from zmq_autograd.wire.messages import ForwardRequest
 
 T = TypeVar("T")
+
+DONE_FUNCTION: Final = "za.done_reading"
+"""The name by which a worker tells another one that a context asks for a step."""
+
+TELL_SECONDS: Final = 1.0
+"""Seconds that a step waits for the others to have heard of it, once it is applied."""
+
+
+@asynccontextmanager
+async def done_reading(
+    context: LocalContext, step_id: int, told: Collection[Peer] = ()
+) -> AsyncIterator[None]:
+    """Have no step wait any more for what `context` has read so far, on any of its workers.
+
+    Or trainers that step different parts of a model could wait for each other in a ring.  The
+    others hear of it while the block runs; it ends after that, so that what is computed from then
+    on counts anew.
+
+    Args:
+        context: this worker's view of it.
+        step_id: the step that it asks for: it is told from worker to worker, and to each once.
+        told: who knows it already.
+    """
+    peers: list[Peer] = []
+    if step_id not in context.steps:
+        context.steps.add(step_id)
+        context.table.gate.finished_reading(context)
+        peers = [peer for peer in context.peers if peer not in told and peer.is_connected]
+    host = context.table.host
+    message = ForwardRequest(DONE_FUNCTION, (context.context_id, step_id), {})
+    telling = host.spawn(tell(host, peers, message, TELL_SECONDS)) if peers else None
+    try:
+        yield
+    finally:
+        if telling is not None:
+            await asyncio.wait({telling})
 
 
 async def step(
     optimizer: OwnedOptimizer,
     contexts: Contexts,
     context: LocalContext | None,
+    step_id: int,
     groups: Sequence[Group],
     seconds: float | None,
+    told: Collection[Peer] = (),
 ) -> Outcome:
     """Step when other contexts are done with the parameters that this changes.
 
@@ -31,8 +71,10 @@ async def step(
         contexts: of this worker.
         context: one of them; None if it has not reached this worker, so that there are no
             gradients.
+        step_id: see `done_reading`.
         groups: the hyperparameters of each group.
         seconds: to wait for its turn, None for ever.
+        told: see `done_reading`.
 
     Returns:
         What became of it, an error before it began included.
@@ -43,7 +85,7 @@ async def step(
         gradients: Gradients = {}
         async with AsyncExitStack() as stack:
             if context is not None:
-                contexts.gate.finished_reading(context)
+                await stack.enter_async_context(done_reading(context, step_id, told))
                 gradients = gradients_of(context)
                 changing = frozenset(p for p in optimizer.parameters if p in gradients)
                 if changing:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zmq_autograd.engine import Contexts, LocalContext
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
+from zmq_autograd.engine.steps import DONE_FUNCTION, done_reading
 from zmq_autograd.errors import ContextError, NotRegistered
 from zmq_autograd.node import optimizers
 from zmq_autograd.node.current import reading, served_call
@@ -81,6 +82,7 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
         registry.find(GRAPH_FUNCTION, node.name)
     except NotRegistered:  # in the worker's first life: what is registered outlasts its node
         registry.register(_graph, GRAPH_FUNCTION, internal=True)
+        registry.register(_done_reading, DONE_FUNCTION, internal=True)
         optimizers.add_to(registry)
 
 
@@ -168,3 +170,15 @@ async def _graph(context_id: int, committed: int, seconds: float, is_parent: boo
     except ContextError:
         return []
     return await answer(context, node, call.peer, committed, seconds, is_parent=is_parent)
+
+
+async def _done_reading(context_id: int, step_id: int) -> None:
+    """Take in that a context asks for a step, here and behind."""
+    call = served_call()
+    node: Node = call.node
+    try:
+        context = node.contexts.find(context_id, call.peer)
+    except ContextError:
+        return
+    async with done_reading(context, step_id, (call.peer,)):
+        pass

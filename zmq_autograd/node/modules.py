@@ -6,49 +6,25 @@ The other side is `zmq_autograd.module`.  A name that arrives reaches nothing of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, Final, TypeVar
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from zmq_autograd.engine import current_scope
-from zmq_autograd.errors import ConfigurationError, ResourceExhausted
+from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node.compute import compute
-from zmq_autograd.node.current import current_call, served_call, served_value
-from zmq_autograd.node.states import Item, checked_items, in_pieces, items_of, size_of, state_of
-from zmq_autograd.wire import Limits
+from zmq_autograd.node.current import current_call, served_call
+from zmq_autograd.node.states import Handed, Item, States, items_of, state_of
 from zmq_autograd.wire.tensors import DTYPES
 
 T = TypeVar("T")
 
 PARAMETERS_A_PAGE: Final = 200
 """How many parameters are told of in one message: half a kilobyte of its header each."""
-
-MOST_STATES: Final = 8
-"""What may be kept of states that travel in pieces, in sizes of the module's own: float64 values
-for a module of one byte each, or the states that eight peers are fetching.  What is no tensor is
-counted as the headers that it came in, full ones."""
-
-
-class Kept:
-    """A state that travels in pieces, some of which are still to be fetched, or to come.
-
-    Attributes:
-        pieces: as far as they are there.
-        size: the bytes that they are counted as.
-    """
-
-    def __init__(self) -> None:
-        self.pieces: list[list[Item]] = []
-        self.size = 0
-
-
-Handed = tuple[list[Item], Any, int]
-"""The first piece of a state, an RRef to all if there are more, and how many there are."""
 
 
 class ExposedModule:
@@ -57,7 +33,7 @@ class ExposedModule:
     def __init__(self, module: Module) -> None:
         """Let peers use `module`."""
         self._module = module
-        self._kept: WeakSet[Kept] = WeakSet()
+        self._states = States(lambda: items_of(module.state_dict()), "the module's own takes")
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         """Return all that peers may call, by name."""
@@ -68,8 +44,8 @@ class ExposedModule:
             "state_dict": self.state_dict,
             "load_state_dict": self.load_state_dict,
             "read_state": self.read_state,
-            "read_piece": self.read_piece,
-            "add_piece": self.add_piece,
+            "read_piece": self._states.read_piece,
+            "add_piece": self._states.add_piece,
             "load_pieces": self.load_pieces,
             "train": self.train,
             "eval": self.eval,
@@ -98,7 +74,7 @@ class ExposedModule:
             raise ConfigurationError("gradients belong to a context: call within one")
         found = scope.context.gradients()
         named = self._module.named_parameters()
-        return self._handed([(False, name, found[p]) for name, p in named if p in found])
+        return self._states.hand_out([(False, name, found[p]) for name, p in named if p in found])
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -115,26 +91,13 @@ class ExposedModule:
 
     async def read_state(self) -> Handed:
         """Return a copy of the state of one moment."""
-        return self._handed(items_of(await _at_once(self._copied)))
-
-    async def read_piece(self, rref: Any, number: int) -> list[Item]:
-        """Return another piece of what was handed out."""
-        return _kept_by(rref).pieces[number]
-
-    async def add_piece(self, piece: list[Item], rref: Any = None) -> Any:
-        """Keep another piece of a state that is to be loaded; return an RRef to all of them."""
-        kept = Kept() if rref is None else _kept_by(rref)
-        checked = checked_items(piece)
-        self._keep(kept, [checked], size_of(checked) + _limits().header_bytes)
-        return _to(kept) if rref is None else rref
+        return self._states.hand_out(items_of(await _at_once(self._copied)))
 
     async def load_pieces(
         self, last: list[Item], rref: Any = None, strict: bool = True
     ) -> tuple[list[str], list[str]]:
         """Load a state at once, all pieces of it; see `load_state_dict`."""
-        pieces = [] if rref is None else _kept_by(rref).pieces
-        items = [item for piece in [*pieces, checked_items(last)] for item in piece]
-        return await self.load_state_dict(state_of(items), strict)
+        return await self.load_state_dict(state_of(self._states.whole(last, rref)), strict)
 
     def _copied(self) -> Mapping[str, Any]:
         """Return a state dict that shares no memory with the module."""
@@ -143,35 +106,6 @@ class ExposedModule:
             if isinstance(value, Tensor):
                 state[key] = value.detach().clone()
         return state
-
-    def _handed(self, items: Sequence[Item]) -> Handed:
-        """Return what the peer is told of `items`; keep them if one message is too small."""
-        pieces = in_pieces(items, served_call().peer.limits)
-        if len(pieces) <= 1:
-            return list(items), None, 1
-        kept = Kept()
-        self._keep(kept, pieces, size_of(items))
-        return pieces[0], _to(kept), len(pieces)
-
-    def _keep(self, kept: Kept, pieces: list[list[Item]], size: int) -> None:
-        """Keep `pieces`, too, as long as a peer holds `kept`.
-
-        Raises:
-            ResourceExhausted: that would be too much.
-        """
-        own = in_pieces(items_of(self._module.state_dict()), _limits())
-        most = MOST_STATES * sum(size_of(piece) + _limits().header_bytes for piece in own)
-        total = sum(each.size for each in {kept, *self._kept}) + size
-        if total > most:
-            name = served_call().node.name
-            raise ResourceExhausted(
-                f"worker {name!r} would keep states of {total} bytes: the limit is {most}, "
-                f"{MOST_STATES} times what the module's own takes",
-                worker=name,
-            )
-        kept.pieces += pieces
-        kept.size += size
-        self._kept.add(kept)
 
     # --- modes, dtype and device -----------------------------------------------------------------
 
@@ -204,12 +138,6 @@ class ExposedModule:
             )
 
 
-def _limits() -> Limits:
-    """Return what this worker takes in of one message."""
-    limits: Limits = served_call().node.me.limits
-    return limits
-
-
 async def _at_once(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """Run `function`, which takes or sets the module's state, while no optimizer steps."""
     call = current_call.get()
@@ -222,7 +150,3 @@ async def _at_once(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> 
 def _to(value: Any) -> Any:
     """Return an RRef to `value`."""
     return served_call().node.rrefs.keep(value)
-
-
-def _kept_by(rref: Any) -> Kept:
-    return served_value(rref, Kept, "a state that is kept")

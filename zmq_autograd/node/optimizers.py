@@ -23,20 +23,16 @@ from zmq_autograd.autograd.owned_optimizer import (
 )
 from zmq_autograd.engine import LocalContext
 from zmq_autograd.engine.steps import clip, gradients_of, step
-from zmq_autograd.errors import ConfigurationError, ResourceExhausted
+from zmq_autograd.errors import ConfigurationError, ProtocolError
 from zmq_autograd.node.current import served_call, served_value
-from zmq_autograd.node.states import Item, checked_items, in_pieces, size_of
+from zmq_autograd.node.states import Handed, Item, States, counted
 from zmq_autograd.session import checked_timeout, error_response
-from zmq_autograd.wire.limits import MIB
 
 if TYPE_CHECKING:
     from zmq_autograd.node.node import Node
     from zmq_autograd.node.registry import Registry
 
 PREFIX: Final = "za.optimizer."
-
-MOST_STATE: Final = 8
-"""What a state that is loaded may take, in sizes of the parameters: Adam's takes two."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -46,26 +42,38 @@ class Gathered:
     parameters: list[Tensor] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Kept:
+class Made:
     """An optimizer as its holder's RRef refers to it.
 
     Attributes:
         optimizer: it.
-        unread: the pieces of its state of one moment, until the last has been read.
-        coming: those of a state that is to be loaded, as far as they have come.
+        states: those of its states that travel.
     """
 
-    optimizer: OwnedOptimizer
-    unread: list[list[Item]] = dataclasses.field(default_factory=list)
-    coming: list[Item] = dataclasses.field(default_factory=list)
+    def __init__(self, optimizer: OwnedOptimizer) -> None:
+        self.optimizer = optimizer
+        self.states = States(
+            lambda: [(False, "", parameter) for parameter in optimizer.parameters],
+            "its parameters take",
+        )
 
 
 def add_to(registry: Registry) -> None:
     """Offer all of it."""
-    registry.register(partial(_create, registry), PREFIX + "create", internal=True)
-    for function in (_gather, _step, _norms, _clip, _read_state, _load_state, _zero_grad):
-        registry.register(function, PREFIX + function.__name__[1:], internal=True)
+    functions = {
+        "gather": _gather,
+        "create": partial(_create, registry),
+        "step": _step,
+        "norms": _norms,
+        "clip": _clip,
+        "read_state": _read_state,
+        "read_piece": _read_piece,
+        "add_piece": _add_piece,
+        "load_pieces": _load_pieces,
+        "zero_grad": _zero_grad,
+    }
+    for name, function in functions.items():
+        registry.register(function, PREFIX + name, internal=True)
 
 
 def optimizer_class(name: str, registry: Registry, peer: str) -> type[Optimizer]:
@@ -126,25 +134,33 @@ async def _create(
     ]
     node: Node = call.node
     optimizer = await node.compute(lambda: OwnedOptimizer(kind, whole, args, kwargs))
-    return node.rrefs.keep(Kept(optimizer)), optimizer.defaults, optimizer.hyperparameters
+    return node.rrefs.keep(Made(optimizer)), optimizer.defaults, optimizer.hyperparameters
 
 
 # --- using it ------------------------------------------------------------------------------------
 
 
 async def _step(
-    rref: Any, context_id: int, committed: int, groups: list[Group], seconds: float | None
+    rref: Any,
+    context_id: int,
+    committed: int,
+    step_id: int,
+    groups: list[Group],
+    seconds: float | None,
 ) -> tuple[str, dict[str, Any] | None, list[Group]]:
     """Step; return the fields of an `Outcome`, its error as those of an `ErrorResponse`."""
-    node: Node = served_call().node
-    optimizer = _kept(rref).optimizer
+    call = served_call()
+    node: Node = call.node
+    optimizer = _made(rref).optimizer
     try:
         seconds = checked_timeout(seconds)  # not a number, it would upset the loop's timers
         context = await _context(context_id, committed)
     except Exception as error:  # noqa: BLE001  # whatever it is, nothing has begun
         outcome = Outcome("not applied", error)
     else:
-        outcome = await step(optimizer, node.contexts, context, groups, seconds)
+        outcome = await step(
+            optimizer, node.contexts, context, step_id, groups, seconds, told=(call.peer,)
+        )
     if outcome.error is None:
         return outcome.status, None, outcome.changed
     told = error_response(outcome.error, node.name, send_traceback=node.tracebacks)
@@ -155,7 +171,7 @@ async def _norms(
     rref: Any, context_id: int, committed: int, norm_type: float
 ) -> tuple[list[str | None], list[float | None]]:
     """Return for each parameter its gradient's dtype and norm; None where there is none."""
-    optimizer = _kept(rref).optimizer
+    optimizer = _made(rref).optimizer
     gradients = gradients_of(await _context(context_id, committed))
     norms = await served_call().node.compute(partial(optimizer.norms, gradients, norm_type))
     dtypes = [str(gradients[p].dtype) if p in gradients else None for p in optimizer.parameters]
@@ -164,47 +180,39 @@ async def _norms(
 
 async def _clip(rref: Any, context_id: int, committed: int, coefficient: Tensor) -> None:
     """Scale the gradients of the parameters in a context."""
-    optimizer = _kept(rref).optimizer
+    optimizer = _made(rref).optimizer
     context = await _context(context_id, committed)
     await clip(optimizer, served_call().node.contexts, context, coefficient)
 
 
-async def _read_state(rref: Any, number: int) -> tuple[list[Item], bool]:
-    """Return a piece of the state, as it was when the first one was read, and if more follow."""
-    call, kept = served_call(), _kept(rref)
-    if number == 0:
-        state = await call.node.compute(kept.optimizer.state)
-        kept.unread = in_pieces(state_items(state), call.peer.limits) or [[]]
-    piece, is_last = kept.unread[number], number == len(kept.unread) - 1
-    if is_last:
-        kept.unread = []
-    return piece, not is_last
+async def _read_state(rref: Any) -> Handed:
+    """Return a copy of the state of one moment."""
+    made = _made(rref)
+    return made.states.hand_out(state_items(await served_call().node.compute(made.optimizer.state)))
 
 
-async def _load_state(
-    rref: Any, number: int, piece: list[Item], groups: list[Group] | None
-) -> None:
-    """Take in a piece of a state; load it with the last one, which comes with `groups`.
+async def _read_piece(rref: Any, kept: Any, number: int) -> list[Item]:
+    return await _made(rref).states.read_piece(kept, number)
+
+
+async def _add_piece(rref: Any, piece: list[Item], kept: Any = None) -> Any:
+    return await _made(rref).states.add_piece(piece, kept)
+
+
+async def _load_pieces(rref: Any, last: list[Item], kept: Any, groups: list[Group]) -> None:
+    """Load a state at once, all pieces of it, and the hyperparameters of each group.
 
     Raises:
         ResourceExhausted: it is much larger than the parameters.
     """
-    call, kept = served_call(), _kept(rref)
-    coming = [*(kept.coming if number else ()), *checked_items(piece)]
-    own = sum(parameter.nbytes for parameter in kept.optimizer.parameters)
-    if size_of(coming) > MOST_STATE * own + MIB:
-        raise ResourceExhausted(
-            f"worker {call.node.name!r} takes in a state of {MOST_STATE} times the {own} bytes of "
-            "the parameters: this one is larger",
-            worker=call.node.name,
-        )
-    kept.coming = [] if groups is not None else coming
-    if groups is not None:
-        await call.node.compute(partial(kept.optimizer.load, state_from(coming), groups))
+    made = _made(rref)
+    items = made.states.whole(last, kept)
+    made.states.check_size(counted(items))  # other than a module, it keeps whatever it loads
+    await served_call().node.compute(partial(made.optimizer.load, state_from(items), groups))
 
 
 async def _zero_grad(rref: Any, set_to_none: bool) -> None:
-    optimizer = _kept(rref).optimizer
+    optimizer = _made(rref).optimizer
     await served_call().node.compute(partial(optimizer.zero_grad, set_to_none))
 
 
@@ -220,25 +228,35 @@ def state_items(state: Mapping[Any, Any]) -> list[Item]:
 
 
 def state_from(items: list[Item]) -> dict[Any, Any]:
-    """Return the state that `items` hold."""
+    """Return the state that `items`, which arrived, hold.
+
+    Raises:
+        ProtocolError: they are not what `state_items` makes.
+    """
     state: dict[Any, Any] = {}
-    for _, _, (key, *name, value) in items:
-        if name:
-            state.setdefault(key, {})[name[0]] = value
-        else:
-            state[key] = value
+    for _, _, entry in items:
+        try:
+            match entry:
+                case (key, value):
+                    state[key] = value
+                case (key, name, value) if isinstance(of := state.setdefault(key, {}), dict):
+                    of[name] = value
+                case _:
+                    raise TypeError("no key and value")
+        except TypeError as error:  # a key that cannot be one, too
+            raise ProtocolError(f"state: expected an entry of one ({error})") from error
     return state
 
 
 # --- what they are called with -------------------------------------------------------------------
 
 
-def _kept(rref: Any) -> Kept:
-    return served_value(rref, Kept, "what is called Kept")
+def _made(rref: Any) -> Made:
+    return served_value(rref, Made, "an optimizer")
 
 
 def _gathered(rref: Any) -> Gathered:
-    return served_value(rref, Gathered, "what is called Gathered")
+    return served_value(rref, Gathered, "parameters of an optimizer")
 
 
 async def _context(context_id: int, committed: int) -> LocalContext | None:

@@ -1,19 +1,23 @@
-"""State dicts and gradients by name, as lists of items that travel in messages of bounded size.
+"""States of modules and optimizers, as lists of items that travel in messages of bounded size.
 
-A model may be larger than what a peer takes in of one message.  Its state travels in pieces then;
-what of it waits to be fetched, or to be complete, is kept by whoever serves it.
+A model may be larger than what a peer takes in of one message.  Its state travels in pieces then:
+`read_all` and `load_all` ask for that, `States` serves it, and keeps what waits to be fetched, or
+to be complete.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from zmq_autograd.errors import ProtocolError
+from zmq_autograd.errors import ProtocolError, ResourceExhausted
+from zmq_autograd.node.current import served_call, served_value
 from zmq_autograd.wire.limits import MAX_CONTAINERS, MIB, Limits
 from zmq_autograd.wire.values import tensors_in
 
@@ -25,8 +29,19 @@ ITEM_HEADER_BYTES: Final = 256
 """What one item takes of a message's header at most, besides its key and values that are no
 tensors: the tensor's dtype and shape, and the tags around it."""
 
+MOST_STATES: Final = 8
+"""What may be kept of the states of one object, in sizes of its own: float64 values for a module of
+one byte each, or the states that eight peers are fetching.  What is no tensor is counted as the
+headers that it came in, full ones."""
+
 Item = tuple[bool, str, Any]
 """An entry of a state dict; or, where the first is True, of its ``_metadata``."""
+
+Handed = tuple[list[Item], Any, int]
+"""The first piece of a state, an RRef to all if there are more, and how many there are."""
+
+Method = Callable[[str], Callable[..., Awaitable[Any]]]
+"""Makes a coroutine function of the name of a method of a remote object."""
 
 
 def items_of(state: Mapping[str, Any]) -> list[Item]:
@@ -109,3 +124,111 @@ def _is_item(value: Any) -> bool:
         and type(value[0]) is bool
         and isinstance(value[1], str)
     )
+
+
+# --- in pieces -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Kept:
+    """A state that travels in pieces, some of which are still to be fetched, or to come.
+
+    Attributes:
+        pieces: as far as they are there.
+        size: the bytes that they are counted as.
+    """
+
+    pieces: list[list[Item]] = field(default_factory=list)
+    size: int = 0
+
+
+class States:
+    """The states of one object that travel in pieces, each kept as long as a peer holds an RRef.
+
+    What is kept of all of them together is bounded; beyond that ResourceExhausted is raised.
+    """
+
+    def __init__(self, own: Callable[[], Iterable[Item]], what: str) -> None:
+        """Keep no more than `MOST_STATES` times what `own` returns, which errors call `what`."""
+        self._own = own
+        self._what = what
+        self._kept: WeakSet[Kept] = WeakSet()
+
+    def hand_out(self, items: Iterable[Item]) -> Handed:
+        """Return what the peer is told of `items`; keep them if one message is too small."""
+        pieces = in_pieces(items, served_call().peer.limits) or [[]]
+        if len(pieces) == 1:
+            return pieces[0], None, 1
+        kept = Kept()
+        self._keep(kept, pieces)
+        return pieces[0], served_call().node.rrefs.keep(kept), len(pieces)
+
+    async def read_piece(self, rref: Any, number: int) -> list[Item]:
+        """Return another piece of what was handed out."""
+        pieces = _kept_by(rref).pieces
+        if type(number) is not int or number not in range(len(pieces)):
+            raise ProtocolError(f"state: expected a piece below {len(pieces)}, got {number!r:.100}")
+        return pieces[number]
+
+    async def add_piece(self, piece: list[Item], rref: Any = None) -> Any:
+        """Keep another piece of a state that is to be loaded; return an RRef to all of them."""
+        kept = Kept() if rref is None else _kept_by(rref)
+        self._keep(kept, [checked_items(piece)])
+        return served_call().node.rrefs.keep(kept) if rref is None else rref
+
+    def whole(self, last: list[Item], rref: Any) -> list[Item]:
+        """Return a state that is to be loaded: the pieces that `rref` refers to, and the last."""
+        pieces = [] if rref is None else _kept_by(rref).pieces
+        return [item for piece in [*pieces, checked_items(last)] for item in piece]
+
+    def check_size(self, size: int) -> None:
+        """Raise ResourceExhausted if that is more than may be kept, in bytes."""
+        most = MOST_STATES * counted(self._own())
+        if size > most:
+            name = served_call().node.name
+            raise ResourceExhausted(
+                f"worker {name!r} would keep states of {size} bytes: the limit is {most}, "
+                f"{MOST_STATES} times what {self._what}",
+                worker=name,
+            )
+
+    def _keep(self, kept: Kept, pieces: list[list[Item]]) -> None:
+        size = sum(map(counted, pieces))
+        self.check_size(size + sum(each.size for each in {kept, *self._kept}))
+        kept.pieces += pieces
+        kept.size += size
+        self._kept.add(kept)
+
+
+def counted(items: Iterable[Item]) -> int:
+    """Return the bytes that `items` are counted as: what they take in messages to this worker."""
+    limits: Limits = served_call().node.me.limits
+    return sum(size_of(piece) + limits.header_bytes for piece in in_pieces(items, limits))
+
+
+def _kept_by(rref: Any) -> Kept:
+    return served_value(rref, Kept, "a state that is kept")
+
+
+async def read_all(method: Method, name: str) -> list[Item]:
+    """Return all that the method `name` of a remote object hands out."""
+    handed = await method(name)()
+    if not isinstance(handed, tuple) or len(handed) != 3 or not isinstance(handed[2], int):
+        raise ProtocolError("state: expected a piece, an RRef and how many pieces there are")
+    first, kept, count = handed
+    items = checked_items(first)
+    for number in range(1, count):
+        items += checked_items(await method("read_piece")(kept, number))
+    return items
+
+
+async def load_all(method: Method, items: Iterable[Item], limits: Limits, *args: Any) -> Any:
+    """Have a remote object load `items`, in messages to a worker of these `limits`.
+
+    `args` go with the last piece; what the object says to that is returned.
+    """
+    *pieces, last = in_pieces(items, limits) or [[]]
+    kept = None
+    for piece in pieces:
+        kept = await method("add_piece")(piece, kept)
+    return await method("load_pieces")(last, kept, *args)

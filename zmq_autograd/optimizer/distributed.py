@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import copy
+import itertools
 from collections.abc import Coroutine, Iterable, Mapping
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from zmq_autograd import ids
 from zmq_autograd.autograd.owned_optimizer import Group, Outcome
 from zmq_autograd.engine import Context, LocalContext, local_context
+from zmq_autograd.engine.steps import done_reading
 from zmq_autograd.errors import ConfigurationError, PartialStepError
 from zmq_autograd.node import compute
 from zmq_autograd.node.current import shortened
-from zmq_autograd.optimizer.groups import groups_of, place
+from zmq_autograd.optimizer.groups import groups_of, loaded_state, place
 from zmq_autograd.optimizer.parts import LocalPart, Norm, Part, Recipe, RemotePart
-from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker
+from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker, caller_of
 from zmq_autograd.session import checked_timeout
 
 STEP_TIMEOUT: Final = 60.0
@@ -131,9 +133,12 @@ class DistributedOptimizer(Optimizer):
         for before in self._optimizer_step_pre_hooks.values():
             before(self, (context,), {})
         groups = self._hyperparameters()
-        outcomes = await asyncio.gather(
-            *(part.step(local, groups, seconds) for part in self._parts)
-        )
+        step_id = ids.random_id()
+        told = [part.owner for part in self._parts if part.owner is not None]
+        async with done_reading(local, step_id, told):
+            outcomes = await asyncio.gather(
+                *(part.step(local, step_id, groups, seconds) for part in self._parts)
+            )
         for outcome in outcomes:
             for group, changed in zip(self.param_groups, outcome.changed, strict=False):
                 group.update(changed)
@@ -148,7 +153,8 @@ class DistributedOptimizer(Optimizer):
         local = local_context(context)
         local.check_open()
         for part in self._parts:
-            part.check_context(local)
+            if part.owner is not None:
+                caller_of(part.owner).check_context(local)
         return local
 
     def _hyperparameters(self) -> list[Group]:
@@ -161,11 +167,11 @@ class DistributedOptimizer(Optimizer):
         names: dict[str, list[str]] = {"applied": [], "not applied": [], "unknown": []}
         causes: dict[str, BaseException] = {}
         for part, outcome in zip(self._parts, outcomes, strict=True):
-            name = part.name_in(context)
+            name = part.owner.name if part.owner is not None else context.table.host.name
             names[outcome.status].append(name)
             if outcome.error is not None:
                 causes.setdefault(name, outcome.error)
-        if not causes:
+        if not names["not applied"] and not names["unknown"]:
             return
         first = next(iter(causes.values()))
         if not names["applied"] and not names["unknown"]:
@@ -283,17 +289,20 @@ class DistributedOptimizer(Optimizer):
             timeout: seconds for each message to an owner, None for ever.
 
         Raises:
-            ConfigurationError: its groups are of other sizes; nothing has changed.
+            ConfigurationError: it is no state, or its groups are of other sizes; nothing has
+                changed.
             RemoteError: torch refused it on an owner.
+            ResourceExhausted: a tensor is larger than an owner takes in, or all of them are much
+                larger than its parameters.
             ZmqAutogradError: as for `RemoteWorker.call`.
 
         If it raises anything else, or is cancelled, some owners may have loaded it: load it again.
         """
         timeout = checked_timeout(timeout)
-        state_dict = dict(state_dict)
+        given: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
-        groups = copy.deepcopy(list(state_dict["param_groups"]))
+            given = before(self, given) or given
+        state, groups = loaded_state(given)
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ConfigurationError(
                 "load_state_dict: expected param groups of "
@@ -308,7 +317,6 @@ class DistributedOptimizer(Optimizer):
         hyperparameters = [
             {k: v for k, v in group.items() if k not in _OF_THIS_SIDE} for group in groups
         ]
-        state = state_dict["state"]
         await _all(
             part.load_state(_state_of(part, state, saved), hyperparameters, timeout)
             for part in self._parts
@@ -337,33 +345,43 @@ def _check_class(kind: Any) -> None:
         )
 
 
+class _Share(NamedTuple):
+    """The parameters of one owner.
+
+    Attributes:
+        owner: it, None for this worker.
+        numbers: of them, among all parameters.
+        parameters: those of each group, as tensors, or RRefs to them.
+    """
+
+    owner: RemoteWorker | None
+    numbers: list[int]
+    parameters: list[list[Any]]
+
+
 async def _parts_of(recipe: Recipe, groups: list[Group]) -> list[Part]:
     """Make an optimizer on each owner of parameters."""
-    owners: dict[str, RemoteWorker | None] = {}
-    numbers: dict[str, list[int]] = {}
-    parameters: dict[str, list[list[Any]]] = {}
-    number = 0
+    shares: dict[str, _Share] = {}
+    numbers = itertools.count()
     for index, group in enumerate(groups):
         for parameter in group["params"]:
             owner, held = place(parameter)
             # There may be several sessions with one worker.
             who = "" if owner is None else owner.incarnation
-            owners.setdefault(who, owner)
-            numbers.setdefault(who, []).append(number)
-            parameters.setdefault(who, [[] for _ in groups])[index].append(held)
-            number += 1
-    if not owners:
+            share = shares.setdefault(who, _Share(owner, [], [[] for _ in groups]))
+            share.numbers.append(next(numbers))
+            share.parameters[index].append(held)
+    if not shares:
         raise ConfigurationError("params: expected at least one parameter, got none")
 
-    async def part(who: str) -> Part:
-        owner = owners[who]
-        if owner is None:
+    async def part(share: _Share) -> Part:
+        if share.owner is None:
             # In a thread: the first optimizer of a process has torch import its compiler, for
             # seconds, in which the peers of a loop that stands still would take it for lost.
-            return await compute(LocalPart, recipe, parameters[who], numbers[who])
-        return await RemotePart.create(owner, recipe, parameters[who], numbers[who])
+            return await compute(LocalPart, recipe, share.parameters, share.numbers)
+        return await RemotePart.create(share.owner, recipe, share.parameters, share.numbers)
 
-    return await _all(map(part, owners))
+    return await _all(map(part, shares.values()))
 
 
 def _total_norm(norms: list[Norm], norm_type: float) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,10 +46,14 @@ def _group(given: Any) -> Group:
     params = given["params"]
     if isinstance(params, set):
         raise ConfigurationError("params: expected parameters in order, got a set: use a list")
-    listed: list[Any] = [params] if isinstance(params, Parameter) else list(params)
+    if isinstance(params, Parameter):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise ConfigurationError(f"params: expected a list of parameters, got a {_kind(params)}")
+    listed = list(params)
     group = dict(given)
     if any(isinstance(item, tuple) for item in listed):  # as `named_parameters` gives them
-        if not all(isinstance(item, tuple) for item in listed):
+        if not all(isinstance(item, tuple) and len(item) == 2 for item in listed):
             raise ConfigurationError("params: expected names for all parameters or for none")
         group["param_names"] = [name for name, _ in listed]
         listed = [parameter for _, parameter in listed]
@@ -69,6 +75,25 @@ def _check_distinct(groups: list[Group]) -> None:
     keys = [p.rref_id if isinstance(p, RRef) else p for _, p in parameters]
     if len(set(keys)) != len(keys):
         raise ConfigurationError("some parameters appear more than once")
+
+
+def loaded_state(given: Any) -> tuple[Mapping[Any, Any], list[Group]]:
+    """Return the state, and a copy of the param groups, of an optimizer's state dict.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    match given:
+        case {"state": Mapping() as state, "param_groups": [*saved]} if all(map(_is_group, saved)):
+            return state, copy.deepcopy(saved)
+    raise ConfigurationError(
+        "load_state_dict: expected a dict with 'state' and 'param_groups', as `state_dict` returns "
+        f"it, got {reprlib.repr(given)}"
+    )
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, dict) and isinstance(group.get("params"), Sequence)
 
 
 def place(parameter: Parameter) -> tuple[RemoteWorker | None, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -28,8 +28,8 @@ from zmq_autograd.errors import (
 )
 from zmq_autograd.node import compute, has_not_left
 from zmq_autograd.node.optimizers import PREFIX, state_from, state_items
-from zmq_autograd.node.states import Item, checked_items, in_pieces
-from zmq_autograd.remote import RemoteWorker, caller_of
+from zmq_autograd.node.states import Method, load_all, read_all
+from zmq_autograd.remote import RemoteWorker
 from zmq_autograd.rref import RRef
 from zmq_autograd.session import exception_from
 from zmq_autograd.wire.messages import ErrorResponse
@@ -76,23 +76,21 @@ class Part(Protocol):
     """One optimizer of several.
 
     Attributes:
+        owner: the worker that has the parameters, None for this one.
         numbers: for each of its parameters its number among all parameters.
         defaults: the hyperparameters of a group that does not have its own.
         hyperparameters: of each group, when it was made.
     """
 
+    @property
+    def owner(self) -> RemoteWorker | None: ...
+
     numbers: list[int]
     defaults: Group
     hyperparameters: list[Group]
 
-    def check_context(self, context: LocalContext) -> None:
-        """Raise ContextError if `context` cannot be one that its parameters were used in."""
-
-    def name_in(self, context: LocalContext) -> str:
-        """Return the name of its worker; `context` is one of this side's worker."""
-
     async def step(
-        self, context: LocalContext, groups: list[Group], seconds: float | None
+        self, context: LocalContext, step_id: int, groups: list[Group], seconds: float | None
     ) -> Outcome:
         """Step, and return what became of it; waits so long for its turn."""
 
@@ -119,6 +117,8 @@ class Part(Protocol):
 class LocalPart:
     """Parameters of this worker; see `Part`."""
 
+    owner = None
+
     def __init__(
         self, recipe: Recipe, parameters: Sequence[Sequence[Tensor]], numbers: list[int]
     ) -> None:
@@ -132,16 +132,10 @@ class LocalPart:
         self.defaults = self._optimizer.defaults
         self.hyperparameters = self._optimizer.hyperparameters
 
-    def check_context(self, context: LocalContext) -> None:
-        pass  # parameters of this process may be used by any worker in it
-
-    def name_in(self, context: LocalContext) -> str:
-        return context.table.host.name
-
     async def step(
-        self, context: LocalContext, groups: list[Group], seconds: float | None
+        self, context: LocalContext, step_id: int, groups: list[Group], seconds: float | None
     ) -> Outcome:
-        return await step(self._optimizer, context.table, context, groups, seconds)
+        return await step(self._optimizer, context.table, context, step_id, groups, seconds)
 
     async def norms(
         self, context: LocalContext, norm_type: float, timeout: float | None
@@ -178,10 +172,8 @@ class RemotePart:
         """Hold the optimizer that `rref` refers to; `create` makes one."""
         self.numbers = numbers
         self.defaults, self.hyperparameters = made
-        self._owner = owner
+        self.owner = owner
         self._rref = rref
-        # Of a state in pieces there is one at a time, each way, at the owner.
-        self._moving_state = asyncio.Lock()
 
     @classmethod
     async def create(
@@ -225,20 +217,14 @@ class RemotePart:
         defaults, hyperparameters = made
         return cls(owner, rref, numbers, (defaults, hyperparameters))
 
-    def check_context(self, context: LocalContext) -> None:
-        caller_of(self._owner).check_context(context)
-
-    def name_in(self, context: LocalContext) -> str:
-        return self._owner.name
-
     async def step(
-        self, context: LocalContext, groups: list[Group], seconds: float | None
+        self, context: LocalContext, step_id: int, groups: list[Group], seconds: float | None
     ) -> Outcome:
-        was_connected = self._owner.is_connected
+        was_connected = self.owner.is_connected
         timeout = None if seconds is None else seconds + REPLY_SECONDS
         try:
-            reply = await self._ask_about(context, "step", timeout, groups, seconds)
-            return _outcome(reply, self._owner.name)
+            reply = await self._ask_about(context, "step", timeout, step_id, groups, seconds)
+            return _outcome(reply, self.owner.name)
         except Exception as error:  # noqa: BLE001  # whatever it is, the other parts go on
             is_unknown = was_connected and _may_have_begun(error)
             return Outcome("unknown" if is_unknown else "not applied", error)
@@ -254,30 +240,22 @@ class RemotePart:
             ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProtocolError(
-                f"clip_grad_norm: expected dtypes and norms ({error!r})", worker=self._owner.name
+                f"clip_grad_norm: expected dtypes and norms ({error!r})", worker=self.owner.name
             ) from error
 
     async def clip(self, context: LocalContext, coefficient: Tensor, timeout: float | None) -> None:
         await self._ask_about(context, "clip", timeout, coefficient)
 
     async def read_state(self, timeout: float | None) -> dict[Any, Any]:
-        items: list[Item] = []
-        more, number = True, 0
-        async with self._moving_state:
-            while more:
-                piece, more = await self._ask("read_state", timeout, number)
-                items += checked_items(piece)
-                number += 1
-        return state_from(items)
+        return state_from(await read_all(self._method(timeout), "read_state"))
 
     async def load_state(
         self, state: Mapping[Any, Any], groups: list[Group], timeout: float | None
     ) -> None:
-        *pieces, last = in_pieces(state_items(state), self._owner.limits) or [[]]
-        async with self._moving_state:
-            for number, piece in enumerate(pieces):
-                await self._ask("load_state", timeout, number, piece, None)
-            await self._ask("load_state", timeout, len(pieces), last, groups)
+        await load_all(self._method(timeout), state_items(state), self.owner.limits, groups)
+
+    def _method(self, timeout: float | None) -> Method:
+        return lambda name: partial(self._ask, name, timeout)
 
     async def zero_grad(self, set_to_none: bool, timeout: float | None) -> None:
         await self._ask("zero_grad", timeout, set_to_none)
@@ -288,11 +266,11 @@ class RemotePart:
         """Ask something about a context's gradients after its last pass."""
         committed = context.passes.committed
         reply = await self._ask(function, timeout, context.context_id, committed, *args)
-        context.passes.told_committed(self._owner, committed)
+        context.passes.told_committed(self.owner, committed)
         return reply
 
     async def _ask(self, function: str, timeout: float | None, *args: Any) -> Any:
-        return await self._owner.call(PREFIX + function, self._rref, *args, timeout=timeout)
+        return await self.owner.call(PREFIX + function, self._rref, *args, timeout=timeout)
 
 
 def _may_have_begun(error: Exception) -> bool:
@@ -317,6 +295,8 @@ def _outcome(reply: Any, owner: str) -> Outcome:
             raise TypeError("expected a list of dicts of hyperparameters")
         if any(name in of for of in changed for name in ("params", "param_names")):
             raise ValueError("these are not its own to change")
+        if (status == "applied") != (error is None):
+            raise ValueError(f"{status} with error {error!r:.200}")
         cause = None if error is None else exception_from(ErrorResponse(**error), owner)
     except (TypeError, ValueError) as problem:
         raise ProtocolError(f"step: expected an outcome ({problem})", worker=owner) from problem
