@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from zmq_autograd.engine import BACKWARD_TIMEOUT, Context, local_context
+from zmq_autograd.autograd.anomaly import check_nan
+from zmq_autograd.engine import BACKWARD_TIMEOUT, Context, Contexts, local_context
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node import Fork, Held, call_owned
 from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker, caller_of
@@ -137,7 +138,7 @@ class RRef(Held):
     ) -> None:
         """Have the owner run a backward pass from the value; `Context.backward` calls it."""
         local = local_context(context)
-        if local.table is not self._node.contexts:
+        if local.table is not home_of(self):
             raise local.error(f"{self!r} is held by worker {self._node.name!r}, not by this one")
         if self.is_owner:
             await context.backward(
@@ -148,7 +149,7 @@ class RRef(Held):
             )
             return
         request = RRefBackwardRequest(
-            self.rref_id, context.context_id, retain_graph, accumulate_grad
+            self.rref_id, context.context_id, retain_graph, accumulate_grad, check_nan()
         )
         reply = await self._peer.request(request, timeout=timeout)
         passes = local.passes
@@ -174,3 +175,8 @@ class RRef(Held):
     @property
     def _peer(self) -> RemoteWorker:
         return cast(RemoteWorker, self.fork.peer)
+
+
+def home_of(rref: RRef) -> Contexts:
+    """Return the contexts of the worker that holds `rref`."""
+    return rref._node.contexts

@@ -33,6 +33,10 @@ def root(x: Tensor) -> Tensor:
     return x.sqrt()  # where NaN come from
 
 
+def rooted(x: Tensor) -> Tensor:
+    return root(x).sum()
+
+
 def raising(x: Tensor) -> Any:
     return Raising.apply(x * 2)  # type: ignore[no-untyped-call]  # where it is refused
 
@@ -61,7 +65,7 @@ def switch() -> list[bool]:
     return [torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()]
 
 
-STAGES = (root, raising, root_in_steps, pass_on, own_pass, switch)
+STAGES = (root, rooted, raising, root_in_steps, pass_on, own_pass, switch)
 
 
 async def main(mode: str) -> None:

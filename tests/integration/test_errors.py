@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import itertools
 import re
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 
 import zmq_autograd as za
 from tests.helpers import Pair, connected, memory_endpoint
+from tests.integration.fleets import until
 from zmq_autograd.session.failures import MAX_TEXT, MAX_TRACEBACK
 
 pytestmark = pytest.mark.timeout(30)
@@ -20,6 +24,54 @@ pytestmark = pytest.mark.timeout(30)
 
 def fail(text: str = "it went wrong") -> None:
     raise ValueError(text)
+
+
+@pytest.mark.parametrize("function", ["plain", "coroutine", "slow", "missing", "cancelled"])
+async def test_a_call_that_fails_leaves_nothing_to_the_garbage_collector(
+    pair: Pair, function: str
+) -> None:
+    """What it took with it may be large, and a collection far away."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    started = asyncio.Event()
+
+    def take(x: torch.Tensor) -> None:
+        alive.append(weakref.ref(x))
+        raise ValueError
+
+    async def take_in_a_coroutine(x: torch.Tensor) -> None:
+        take(x)
+
+    async def take_slowly(x: torch.Tensor) -> None:
+        alive.append(weakref.ref(x))
+        started.set()
+        await asyncio.Event().wait()
+
+    pair.bob.register(take, "plain")
+    pair.bob.register(take_in_a_coroutine, "coroutine")
+    pair.bob.register(take_slowly, "slow")
+
+    async def call() -> None:
+        x = torch.ones(3)
+        alive.append(weakref.ref(x))
+        if function == "cancelled":
+            calling = asyncio.create_task(pair.remote_bob.call("slow", x))
+            await started.wait()
+            calling.cancel()
+            await asyncio.wait({calling})
+            return
+        with contextlib.suppress(za.RemoteError, za.DeadlineExceeded):
+            await pair.remote_bob.call(function, x, timeout=0.2 if function == "slow" else 10)
+
+    await call()  # the first call of a process leaves caches behind
+    gc.collect()
+    alive.clear()
+    gc.disable()
+    try:
+        await call()
+        await until(lambda: not any(tensor() is not None for tensor in alive))
+    finally:
+        gc.enable()
+    assert alive
 
 
 async def test_what_is_not_registered_is_named(pair: Pair) -> None:

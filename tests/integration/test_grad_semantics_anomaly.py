@@ -126,6 +126,19 @@ async def test_a_pass_that_a_remote_function_runs_looks_for_nan_too(
     assert NAN_LINE in str(caught.value)
 
 
+async def test_a_pass_from_an_rref_looks_for_nan_too(
+    alice: za.Worker, bob: za.RemoteWorker
+) -> None:
+    async with alice.context() as ctx:
+        with set_detect_anomaly(True):
+            rref = await bob.remote("rooted", negative())
+            with pytest.raises(za.RemoteError, match=NAN) as caught:
+                await ctx.backward(rref)
+    assert NAN_LINE in str(caught.value)
+    async with alice.context() as ctx:
+        await ctx.backward(await bob.remote("rooted", negative()))
+
+
 async def test_anomaly_mode_does_not_outlast_the_call_and_is_nobody_elses(
     alice: za.Worker, bob: za.RemoteWorker
 ) -> None:

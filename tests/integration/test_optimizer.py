@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import reprlib
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 import zmq_autograd as za
-from tests.helpers import Pair
+from tests.helpers import Pair, memory_endpoint
 from tests.integration.fleets import until
 from tests.integration.training import Reference, check_state, setting
 
@@ -553,6 +554,59 @@ async def test_a_step_needs_a_context_that_lasts() -> None:
             await optimizer.step(ctx)
         with pytest.raises(za.ConfigurationError, match="give all param groups"):
             optimizer.add_param_group({"params": [torch.zeros(1)]})
+
+
+async def test_parameters_of_another_worker_of_the_process_are_not_passed_over() -> None:
+    """By an RRef of its own, which that worker would have stepped in its own contexts alone."""
+    leaf = torch.ones(1, requires_grad=True)
+    async with za.Worker("alice") as alice, za.Worker("bob") as bob:
+        sgd = torch.optim.SGD
+        optimizer = await za.DistributedOptimizer.create(sgd, [bob.rref(leaf)], lr=1.0)
+        async with alice.context() as ctx:
+            with pytest.raises(za.ContextError, match="has parameters of worker 'bob'"):
+                await optimizer.step(ctx)
+        async with bob.context() as ctx:
+            await ctx.backward(3 * leaf)
+            await optimizer.step(ctx)
+    assert leaf.item() == -2
+
+
+async def test_what_one_owner_made_goes_when_another_one_refuses() -> None:
+    class Mine(torch.optim.SGD):
+        """Registered by one of the owners."""
+
+    one, other = (za.Worker(name, listen=memory_endpoint()) for name in ("one", "other"))
+    one.register(Mine)
+    async with one, other, za.Worker("alice") as alice:
+        params = []
+        for owner in (one, other):
+            owner.register(lambda: torch.ones(1, requires_grad=True), "make")
+            remote = await alice.connect(owner.endpoints[0])
+            params.append(await remote.remote("make"))
+        kept = one.status()["rrefs"]["owned"]
+        gc.disable()
+        try:
+            with pytest.raises(za.NotRegistered):
+                await za.DistributedOptimizer.create(Mine, params, lr=1.0)
+            await until(lambda: one.status()["rrefs"]["owned"] == kept)
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Adagrad])
+async def test_what_is_made_and_loaded_in_inference_mode_is_stepped_outside_of_it(
+    kind: Any,
+) -> None:
+    leaf = torch.ones(1, requires_grad=True)
+    async with za.Worker("alice") as alice:
+        with torch.inference_mode():
+            optimizer = await za.DistributedOptimizer.create(kind, [leaf], lr=0.1)
+        for _ in range(2):
+            async with alice.context() as ctx:
+                await ctx.backward(3 * leaf)
+                await optimizer.step(ctx)
+            with torch.inference_mode():
+                await optimizer.load_state_dict(await optimizer.state_dict())
 
 
 async def test_an_optimizer_is_dropped_with_its_holder() -> None:

@@ -85,7 +85,9 @@ class OwnedOptimizer:
                 )
         if len(set(self.parameters)) != len(self.parameters):
             raise ConfigurationError("a parameter is given more than once")
-        self._optimizer = kind([dict(group) for group in groups], *args, **kwargs)
+        # Here and in `load`, for the state outlives the mode of whoever asks.
+        with torch.inference_mode(mode=False):
+            self._optimizer = kind([dict(group) for group in groups], *args, **kwargs)
         self._is_torchs = kind in TORCH_OPTIMIZERS.values()
         self._lock = threading.Lock()
 
@@ -174,7 +176,7 @@ class OwnedOptimizer:
             return {key: copied(value) for key, value in state.items()}
 
     def load(self, state: Mapping[Any, Any], groups: Sequence[Group]) -> None:
-        """Load a state.
+        """Load a copy of a state.
 
         Args:
             state: by number of the parameter here.
@@ -188,22 +190,22 @@ class OwnedOptimizer:
             {**new, "params": [next(numbers) for _ in group["params"]]}
             for group, new in zip(self._optimizer.param_groups, groups, strict=True)
         ]
-        laid_out = {number: self._laid_out(number, values) for number, values in state.items()}
-        with self._lock:
-            self._optimizer.load_state_dict({"state": laid_out, "param_groups": param_groups})
+        with self._lock, torch.inference_mode(mode=False):
+            own = {number: self._own(number, values) for number, values in state.items()}
+            self._optimizer.load_state_dict({"state": own, "param_groups": param_groups})
 
-    def _laid_out(self, number: Any, values: Any) -> Any:
-        """Return the state of a parameter, its tensors with the strides that torch makes them with.
+    def _own(self, number: Any, values: Any) -> Any:
+        """Return a copy of the state of a parameter, its tensors with the parameter's strides.
 
-        What has travelled is contiguous.
+        So torch makes them; what has travelled is contiguous.
         """
         if not isinstance(values, Mapping) or number not in range(len(self.parameters)):
-            return values
+            return copied(values)
         like = self.parameters[number]
         return {
             key: torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)
             if isinstance(value, Tensor) and value.shape == like.shape and not value.is_sparse
-            else value
+            else copied(value)
             for key, value in values.items()
         }
 

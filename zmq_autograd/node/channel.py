@@ -225,6 +225,7 @@ class Channel:
             if self._held.pop(request_id, None) is not None:  # it never left
                 self._owner.rrefs.taken_back(given)
             self._send_held()
+            del reply  # it holds the error that it ended with, and that holds this frame
         await self._owner.rrefs.until_claimed(answer, until)
         return answer
 

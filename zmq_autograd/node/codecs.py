@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from zmq_autograd.errors import ConfigurationError, SerializationError
+from zmq_autograd.node.forks import Held
 from zmq_autograd.wire.objects import Coded
 from zmq_autograd.wire.values import contains, replaced
 
 Pack = Callable[[Any], Any]
 Unpack = Callable[[Any], Any]
+
+
+_PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, list, tuple, dict, Held)
+"""What messages are made of, which no codec may stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +51,36 @@ class Codecs:
         """Have objects of `kind` travel.
 
         Raises:
-            ConfigurationError: `kind` is no type, or it or the name has a codec already.
+            ConfigurationError: `kind` is no type, or stands for what travels as it is; it or the
+                name has a codec already; or one of the two cannot be called.
         """
         if not isinstance(kind, type):
             raise ConfigurationError(f"codec: expected a type, got {kind!r}")
+        if any(issubclass(plain, kind) for plain in _PLAIN):
+            raise ConfigurationError(
+                f"codec: expected a type of your own, got {kind!r}, which plain values are of"
+            )
+        for function in (pack, unpack):
+            if not callable(function):
+                raise ConfigurationError(f"codec: expected a function, got {function!r}")
         name = kind.__qualname__ if name is None else name
         if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
             raise ConfigurationError(f"name: expected up to 200 printable characters, got {name!r}")
         if kind in self._by_type or name in self._by_name:
-            raise ConfigurationError(f"worker {self.worker!r} has a codec for {name!r} already")
+            raise ConfigurationError(f"there is a codec for {name!r} or its type already")
         self._by_type[kind] = self._by_name[name] = Codec(name, pack, unpack)
+
+    def codec_of(self, value: object) -> Codec | None:
+        """Return the codec by which `value` travels: its type's, or that of the nearest base."""
+        for kind in type(value).__mro__:
+            if kind in self._by_type:
+                return self._by_type[kind]
+        # An abstract class may have instances that do not inherit from it.
+        return next((c for kind, c in self._by_type.items() if isinstance(value, kind)), None)
+
+    def named(self, name: str) -> Codec | None:
+        """Return the codec of that name."""
+        return self._by_name.get(name)
 
     def pack(self, value: Any) -> Any:
         """Return `value` with every object in it that has a codec packed.
@@ -78,20 +103,13 @@ class Codecs:
         return replaced(value, Coded, self._unpacked) if contains(value, Coded) else value
 
     def _packed(self, value: Any) -> Any:
-        codec = self._codec_of(value)
-        packed = codec.pack(value)
-        # What it makes may hold further objects.
-        return value if packed is value else Coded(codec.name, self.pack(packed))
-
-    def _codec_of(self, value: Any) -> Codec:
-        for kind in type(value).__mro__:
-            if kind in self._by_type:
-                return self._by_type[kind]
-        # An abstract class may have instances that do not inherit from it.
-        return next(codec for kind, codec in self._by_type.items() if isinstance(value, kind))
+        codec = self.codec_of(value)
+        if codec is None or (packed := codec.pack(value)) is value:
+            return value
+        return Coded(codec.name, self.pack(packed))  # what it makes may hold further objects
 
     def _unpacked(self, coded: Coded) -> Any:
-        codec = self._by_name.get(coded.codec)
+        codec = self.named(coded.codec)
         if codec is None:
             raise SerializationError(
                 f"worker {self.worker!r} has no codec {coded.codec[:200]!r}: register it there, too"

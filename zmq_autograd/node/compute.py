@@ -15,6 +15,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from zmq_autograd.errors import ConfigurationError, ResourceExhausted
@@ -77,18 +78,8 @@ class ComputePool:
         if recorder is not None:
             function = recorder.recorded(function)
 
-        def work() -> None:
-            result, error = None, None
-            try:
-                result = context.run(_run_under, under, function)
-            except BaseException as raised:  # noqa: BLE001  # the caller gets it, whatever it is
-                error = raised
-            try:
-                loop.call_soon_threadsafe(_finish, future, result, error)
-            except RuntimeError:
-                return  # the loop is closed: nobody is left to be told
-
-        self._submit(work, loop)
+        work = partial(context.run, _run_under, under, function)
+        self._submit(partial(_work, work, future, loop), loop)
         return future
 
     def close(self) -> list[threading.Thread]:
@@ -199,6 +190,23 @@ async def compute(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T
     pool = _shared_pool if call is None else call.node.pool
     async with reading():
         return await pool.run(lambda: function(*args, **kwargs))
+
+
+def _work(
+    function: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop
+) -> None:
+    """Run `function`, and have `loop` put what becomes of it into `future`."""
+    result, error = None, None
+    try:
+        result = function()
+    except BaseException as raised:  # noqa: BLE001  # the caller gets it, whatever it is
+        error = raised
+    try:
+        loop.call_soon_threadsafe(_finish, future, result, error)
+    except RuntimeError:
+        return  # the loop is closed: nobody is left to be told
+    finally:
+        del error, future  # an error holds this frame, which must not hold it
 
 
 def _run_under(modes: Modes, function: Callable[[], T]) -> T:

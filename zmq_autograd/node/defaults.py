@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from zmq_autograd.autograd.anomaly import of_the_call
 from zmq_autograd.engine import Contexts, LocalContext
 from zmq_autograd.engine.graph import GRAPH_FUNCTION, answer
 from zmq_autograd.engine.steps import DONE_FUNCTION, done_reading
@@ -61,6 +62,7 @@ def add_to(dispatcher: Dispatcher, registry: Registry, node: Node) -> None:
     async def backward(request: RRefBackwardRequest, peer: Any) -> Reply:
         value = node.rrefs.owned(request.rref_id, peer).value
         context = node.contexts.get(request.context_id)
+        of_the_call.set(request.check_nan)
         await context.user.backward(
             value,
             retain_graph=request.retain_graph,

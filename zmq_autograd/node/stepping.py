@@ -51,6 +51,7 @@ class Stepped:
                 except StopIteration as done:
                     return done.value
                 finally:
+                    sent = None  # an error holds this frame, which must not hold it
                     this_thread.has_own_modes = before
                     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                     autocast = autocast_here()
@@ -60,3 +61,4 @@ class Stepped:
                 sent, go_on = (yield awaited), coroutine.send
             except BaseException as error:  # noqa: BLE001  # it is the coroutine's
                 sent, go_on = error, coroutine.throw
+            del awaited  # nor what ended with it

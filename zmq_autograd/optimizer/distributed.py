@@ -19,7 +19,7 @@ from zmq_autograd.engine.steps import done_reading
 from zmq_autograd.errors import ConfigurationError, PartialStepError
 from zmq_autograd.node import compute
 from zmq_autograd.node.current import shortened
-from zmq_autograd.optimizer.groups import groups_of, loaded_state, place
+from zmq_autograd.optimizer.groups import groups_of, homes_of, loaded_state, place
 from zmq_autograd.optimizer.parts import LocalPart, Norm, Part, Recipe, RemotePart
 from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker, caller_of
 from zmq_autograd.session import checked_timeout
@@ -48,6 +48,7 @@ class DistributedOptimizer(Optimizer):
     def __init__(self, groups: list[Group], defaults: Group, parts: list[Part]) -> None:
         """Tie `parts` together; `create` makes them."""
         self._parts = parts
+        self._homes = homes_of(groups)
         self._is_made = False
         super().__init__(groups, defaults)
         self._is_made = True
@@ -155,6 +156,9 @@ class DistributedOptimizer(Optimizer):
         for part in self._parts:
             if part.owner is not None:
                 caller_of(part.owner).check_context(local)
+        for home in self._homes:
+            if home is not local.table:
+                raise local.error(f"the optimizer has parameters of worker {home.host.name!r}")
         return local
 
     def _hyperparameters(self) -> list[Group]:
@@ -331,7 +335,10 @@ async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     results = await asyncio.gather(*coroutines, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
-            raise result
+            try:
+                raise result
+            finally:  # or whoever keeps the error keeps what the others have returned
+                del result, results
     return [result for result in results if not isinstance(result, BaseException)]
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from zmq_autograd.autograd.owned_optimizer import Group
+from zmq_autograd.engine import Contexts
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.module import RemoteParameter
 from zmq_autograd.remote import RemoteWorker
-from zmq_autograd.rref import RRef
+from zmq_autograd.rref import RRef, home_of
 
 Parameter = Tensor | RRef | RemoteParameter
 
@@ -102,6 +103,13 @@ def place(parameter: Parameter) -> tuple[RemoteWorker | None, Any]:
         return None, parameter
     rref = parameter.rref if isinstance(parameter, RemoteParameter) else parameter
     return (None, rref.local_value()) if rref.is_owner else (rref.owner, rref)
+
+
+def homes_of(groups: list[Group]) -> set[Contexts]:
+    """Return the contexts of the workers of this process that parameters were said to be on."""
+    given = (parameter for group in groups for parameter in group["params"])
+    rrefs = (p.rref if isinstance(p, RemoteParameter) else p for p in given)
+    return {home_of(rref) for rref in rrefs if isinstance(rref, RRef) and rref.is_owner}
 
 
 def _kind(value: Any) -> str:

@@ -16,7 +16,6 @@ from zmq_autograd.autograd.owned_optimizer import (
     Group,
     Outcome,
     OwnedOptimizer,
-    copied,
 )
 from zmq_autograd.engine import LocalContext
 from zmq_autograd.engine.steps import clip, gradients_of, step
@@ -156,8 +155,7 @@ class LocalPart:
     async def load_state(
         self, state: Mapping[Any, Any], groups: list[Group], timeout: float | None
     ) -> None:
-        # Torch would go on with the very tensors.
-        await compute(self._optimizer.load, copied(dict(state)), groups)
+        await compute(self._optimizer.load, state, groups)
 
     async def zero_grad(self, set_to_none: bool, timeout: float | None) -> None:
         await compute(self._optimizer.zero_grad, set_to_none)

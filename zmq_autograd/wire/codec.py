@@ -120,6 +120,7 @@ SCHEMAS: Final[dict[type[m.Message], Schema]] = {
             "context_id": f.ID,
             "retain_graph": f.BOOL,
             "accumulate_grad": f.BOOL,
+            "check_nan": f.OPTIONAL_BOOL,
         },
     ),
     m.RRefBackwardResponse: Schema(0x18, {"committed": f.ID}),

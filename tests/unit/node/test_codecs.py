@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -27,6 +29,10 @@ class Named(Point):
 
 class Special(Point):
     """A subclass with one."""
+
+
+class Described(ABC):  # noqa: B024  # of which others are made instances
+    """An abstract class."""
 
 
 Pair = namedtuple("Pair", "left right")
@@ -54,10 +60,11 @@ def test_what_has_nothing_to_pack_stays_the_same_object(codecs: Codecs) -> None:
 
 
 def test_an_abstract_class_has_instances_that_do_not_inherit_from_it(codecs: Codecs) -> None:
-    codecs.add(Mapping, "mapping", lambda of: list(of.items()), dict)
-    packed = codecs.pack([{"a": Point(1, 2)}])
-    assert packed[0].codec == "mapping"
-    assert codecs.unpack(packed) == [{"a": Point(1, 2)}]
+    codecs.add(Described, "described", lambda path: str(path), Path)
+    Described.register(PurePath)
+    packed = codecs.pack([Path("a/b")])
+    assert (packed[0].codec, packed[0].value) == ("described", "a/b")
+    assert codecs.unpack(packed) == [Path("a/b")]
 
 
 def test_a_subclass_goes_by_its_nearest_codec(codecs: Codecs) -> None:
@@ -87,11 +94,15 @@ def test_a_name_that_is_not_known_is_refused_in_words(codecs: Codecs) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "problem"),
     [
-        (Point, "other", "has a codec for 'other' already"),
-        (Special, "Point", "has a codec for 'Point' already"),
+        (Point, "other", "there is a codec for 'other'"),
+        (Special, "Point", "there is a codec for 'Point'"),
         (Special, "", "expected up to 200 printable characters"),
         (Special, "x" * 201, "expected up to 200 printable characters"),
         ("Point", None, "expected a type"),
+        (dict, None, "expected a type of your own"),
+        (Mapping, None, "expected a type of your own"),
+        (Sequence, None, "expected a type of your own"),
+        (object, None, "expected a type of your own"),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -99,3 +110,9 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match=problem):
         codecs.add(kind, name, repr, repr)
+
+
+def test_both_ways_have_to_be_functions(codecs: Codecs) -> None:
+    for pack, unpack in ((None, repr), (repr, 5)):
+        with pytest.raises(ConfigurationError, match="codec: expected a function"):
+            codecs.add(Special, None, pack, unpack)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ class RRefBackwardRequest(Request):
         context_id: the context.
         retain_graph: keep the graph for another pass.
         accumulate_grad: add the gradients of leaves to their ``.grad`` too.
+        check_nan: as in `StartPass`.
     """
 
     reply: ClassVar = RRefBackwardResponse
@@ -38,6 +39,7 @@ class RRefBackwardRequest(Request):
     context_id: int
     retain_graph: bool = False
     accumulate_grad: bool = False
+    check_nan: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
