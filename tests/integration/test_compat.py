@@ -25,6 +25,8 @@ from zmq_autograd.compat.optim import DistributedOptimizer
 from zmq_autograd.compat.rpc import state
 from zmq_autograd.compat.rpc.joining import endpoint_for
 from zmq_autograd.errors import PartialStepError
+from zmq_autograd.node.codecs import Codecs
+from zmq_autograd.wire import Limits
 
 MODES = ["sync", "async", "remote"]
 
@@ -132,13 +134,13 @@ def test_a_result_that_cannot_travel_is_an_error_of_the_call(me: str) -> None:
         rpc.rpc_sync(me, program.Counter, args=(1,))
 
 
-def test_objects_go_by_a_codec(me: str) -> None:
+def test_objects_go_by_a_codec(me: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state.values, "_codecs", Codecs(me))
     rpc.codec(program.Counter, pack=lambda c: c.count, unpack=program.Counter)
-    try:
-        assert rpc.rpc_sync(me, program.Counter, args=(3,)).count == 3
-        assert rpc.rpc_sync(me, program.Counter(3).add, args=(4,)) == 7
-    finally:
-        state.values._codecs.pop(program.Counter)
+    assert rpc.rpc_sync(me, program.Counter, args=(3,)).count == 3
+    assert rpc.rpc_sync(me, program.Counter(3).add, args=(4,)) == 7
+    with pytest.raises(ValueError, match=r"a codec for '.*:Counter'"):
+        rpc.codec(program.Counter, pack=str, unpack=int)
 
 
 def test_workers_that_there_are_not(me: str) -> None:
@@ -255,6 +257,18 @@ def test_methods_are_called_where_the_value_is(me: str) -> None:
     assert rref._get_type() is program.Counter
 
 
+def test_what_may_not_be_called_says_what_to_do(me: str) -> None:
+    with pytest.raises(RuntimeError, match=r"nn.modules.module.Module may not .*own function"):
+        rpc.remote(me, program.Net, args=(0,)).rpc_sync().state_dict()
+    for function in (time.sleep, torch.manual_seed):
+        with pytest.raises(RuntimeError, match="own function"):
+            rpc.rpc_sync(me, function, args=(1,))
+    with pytest.raises(RuntimeError, match="own function"):
+        rpc.RRef([1]).rpc_sync().append(2)
+    with pytest.raises(RuntimeError, match="allow its module"):
+        rpc.rpc_sync(me, test_what_may_not_be_called_says_what_to_do)
+
+
 def test_an_rref_to_a_value_of_ones_own(me: str) -> None:
     value = object()
     rref = rpc.RRef(value)
@@ -312,6 +326,20 @@ def test_gradients_are_those_of_one_process(me: str) -> None:
     torch.testing.assert_close(gradients[x], alone_x.grad)
     torch.testing.assert_close(there[0], alone_w.grad)
     assert x.grad is None
+
+
+def test_the_first_call_by_an_rref_is_in_the_callers_context(me: str) -> None:
+    rref = rpc.remote(me, program.Net, args=(0,))
+    (x,) = inputs(1)
+    alone_x, alone_net = x.clone().requires_grad_(), program.Net(0)
+    alone_net(alone_x).sum().backward()
+    with autograd.context() as context_id:
+        x.requires_grad_()
+        loss = rref.rpc_async().forward(x).wait().sum()
+        autograd.backward(context_id, [loss])
+        gradients = autograd.get_gradients(context_id)
+    torch.testing.assert_close(gradients[x], alone_x.grad)
+    torch.testing.assert_close(gradients[rref.local_value().weight], alone_net.weight.grad)
 
 
 def test_a_graph_looks_as_torchs_does(me: str) -> None:
@@ -432,6 +460,8 @@ def test_an_optimizer_that_fails_says_so(me: str) -> None:
     parameters = RemoteModule(me, program.Net, (0,)).remote_parameters()
     with pytest.raises(ValueError, match="Invalid learning rate"):
         DistributedOptimizer(optim.SGD, parameters, lr=-1.0)
+    with pytest.raises(TypeError, match="expected RRefs, got a Tensor"):
+        DistributedOptimizer(optim.SGD, [torch.ones(1)], lr=0.1)  # type: ignore[list-item]
     optimizer = DistributedOptimizer(program.Broken, parameters, lr=0.1)
     with autograd.context() as context_id:
         loss = rpc.rpc_sync(me, program.squares, args=(parameters[0],))
@@ -529,6 +559,22 @@ def test_a_worker_listens_on_this_machine_unless_told_otherwise(
     assert endpoint_for(rpc.TensorPipeRpcBackendOptions()) == "tcp://127.0.0.1:0"
     there = "tcp://192.0.2.7:0"
     assert endpoint_for(rpc.TensorPipeRpcBackendOptions(listen=there, insecure=True)) == there
+
+
+def test_a_worker_takes_in_as_much_as_its_options_say(
+    options: rpc.TensorPipeRpcBackendOptions,
+) -> None:
+    rpc.allow_module(program.__name__)
+    large = bytes(Limits().header_bytes)
+    for limits, is_enough in ((Limits(), False), (Limits(header_bytes=3 * len(large)), True)):
+        options.limits = limits
+        rpc.init_rpc("me", rank=0, world_size=1, rpc_backend_options=options)
+        if is_enough:
+            assert rpc.rpc_sync("me", program.add, args=(large, b"!")) == large + b"!"
+        else:
+            with pytest.raises(RuntimeError, match="would refuse this message"):
+                rpc.rpc_sync("me", program.add, args=(large, b"!"))
+        rpc.shutdown()
 
 
 def test_nothing_is_left_of_a_worker_whose_name_is_taken(

@@ -14,14 +14,15 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
 
 Comer = subprocess.Popen[str]
+Come = Callable[..., Comer]
 
 
 @pytest.fixture
-def come(tmp_path: Path) -> Iterator[Callable[[str, int], Comer]]:
+def come(tmp_path: Path) -> Iterator[Come]:
     """Start workers, and end those that are left."""
     comers: list[Comer] = []
 
-    def start(name: str, rank: int) -> Comer:
+    def start(name: str, rank: int, says: str = "here") -> Comer:
         command = [sys.executable, "-m", "tests.integration.compat_comer", name, str(rank)]
         comers.append(
             subprocess.Popen(
@@ -30,10 +31,11 @@ def come(tmp_path: Path) -> Iterator[Callable[[str, int], Comer]]:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
             )
         )
-        assert heard(comers[-1]) == "here"
+        assert heard(comers[-1]) == says
         return comers[-1]
 
     yield start
@@ -62,14 +64,37 @@ def leave(comer: Comer) -> None:
     assert comer.returncode == 0
 
 
-def test_a_worker_that_comes_back_is_reached_by_its_name(
-    come: Callable[[str, int], Comer],
-) -> None:
+def test_a_worker_that_comes_back_is_reached_by_its_name(come: Come) -> None:
     stays, goes = come("stays", 0), come("goes", 1)
     assert asked_to_call(stays, "goes") == "3"
     leave(goes)
     back = come("goes", 1)  # another process, on another port
     assert asked_to_call(stays, "goes") == "3"
     assert asked_to_call(back, "stays") == "3"
+    leave(back)
+    leave(stays)
+
+
+def test_a_worker_that_comes_back_is_reached_by_those_that_only_heard_of_it(come: Come) -> None:
+    goes, stays = come("goes", 1), come("stays", 0)
+    leave(goes)
+    back = come("goes", 1)
+    assert asked_to_call(stays, "goes") == "3"
+    leave(back)
+    leave(stays)
+
+
+def test_the_name_of_a_worker_that_died_may_be_taken_that_of_a_living_one_not(come: Come) -> None:
+    stays, dies = come("stays", 0), come("dies", 1)
+    assert asked_to_call(stays, "dies") == "3"
+    refused = come("dies", 2, says="")
+    _, problem = refused.communicate(timeout=SECONDS)
+    assert "RPC worker name dies is not unique" in problem
+    assert asked_to_call(stays, "dies") == "3"
+    dies.kill()
+    dies.wait()
+    back = come("dies", 1)
+    assert asked_to_call(stays, "dies") == "3"
+    assert asked_to_call(back, "dies") == "3"
     leave(back)
     leave(stays)

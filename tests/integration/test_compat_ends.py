@@ -72,7 +72,7 @@ def test_a_worker_has_left_even_where_its_store_is_gone(
     take_part(options)
     agent = state.agent()
 
-    def lost(me: object) -> None:
+    def lost() -> None:
         raise RuntimeError("the store is gone")
 
     monkeypatch.setattr(agent.group, "leave", lost)

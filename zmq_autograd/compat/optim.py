@@ -37,11 +37,15 @@ class DistributedOptimizer:
             kwargs: for the class.
 
         Raises:
+            TypeError: something in `params_rref` is no RRef.
             RuntimeError: an owner does not offer the class, or is lost, or the class raised there.
             Exception: what the class raised on this worker.
         """
         agent = state.agent()
         params = list(params_rref)
+        for rref in params:
+            if not isinstance(rref, PyRRef):
+                raise TypeError(f"params_rref: expected RRefs, got a {type(rref).__name__}")
         if not optimizer_class.__module__.startswith("torch.optim."):
             for owner in dict.fromkeys(rref.owner() for rref in params):
                 agent.call(agent.asked(owner, _offer, (optimizer_class,)))

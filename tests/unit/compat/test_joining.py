@@ -74,6 +74,51 @@ def test_who_did_not_get_in_keeps_nobody_from_learning_who_did() -> None:
     assert group.infos() == [ALICE, BOB, CAROL]
 
 
+def test_who_was_taken_for_dead_does_not_make_its_successor_leave() -> None:
+    store = HashStore()
+    group, sleeper, successor = (Group(store, None) for _ in range(3))
+    sleeper.join(BOB, "tcp://127.0.0.1:1")
+    group.join(ALICE, "tcp://127.0.0.1:2")
+    group.drop(BOB)
+    successor.join(BOB, "tcp://127.0.0.1:3")
+    assert sleeper.find("alice") == ALICE  # it is awake again, and looks around
+    sleeper.leave()
+    assert group.infos() == [ALICE, BOB]
+    assert group.endpoint(BOB) == "tcp://127.0.0.1:3"
+
+
+class Changing:
+    """A store in which a worker of bob's name takes his place when somebody looks for who left."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.is_armed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def check(self, keys: list[str]) -> bool:
+        found: bool = self._store.check(keys)
+        if self.is_armed:
+            self.is_armed = False
+            group = Group(self._store, None)
+            group.refresh()
+            group.drop(BOB)
+            group.join(BOB, "tcp://127.0.0.1:3")
+        return found
+
+
+def test_a_name_that_changes_hands_is_never_seen_twice() -> None:
+    store = Changing(HashStore())
+    Group(store, None).join(BOB, "tcp://127.0.0.1:1")
+    group = Group(store, None)
+    group.join(ALICE, "tcp://127.0.0.1:2")
+    store.is_armed = True
+    group.refresh()
+    group.refresh()
+    assert group.endpoint(BOB) == "tcp://127.0.0.1:3"
+
+
 def test_gatherings_of_other_workers_have_other_ids() -> None:
     gatherings = Gatherings()
     first = {gatherings.next_id(["a", "b"]) for _ in range(20)}

@@ -136,7 +136,7 @@ def test_workers_come_to_a_dynamic_group_and_leave_it() -> None:
     assert [info.name for info in first.infos()] == ["first", "second"]
     with pytest.raises(RuntimeError, match="is not unique"):
         Group(store, None).join(WorkerInfo("first", 2), "tcp://127.0.0.1:3")
-    second.leave(WorkerInfo("second", 1))
+    second.leave()
     assert [info.name for info in first.infos()] == ["first"]
     again = Group(store, None)
     again.join(WorkerInfo("second", 1), "tcp://127.0.0.1:4")

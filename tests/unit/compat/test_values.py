@@ -93,6 +93,23 @@ def test_a_value_comes_out_as_it_went_in(values: Values, value: Any) -> None:
     assert type(came) is type(value)
 
 
+def test_what_operators_return_comes_out_as_it_went_in(values: Values) -> None:
+    x = torch.rand(2, 3, requires_grad=True)
+    for value in (x.max(1), x.topk(2), torch.linalg.svd(x), torch.linalg.slogdet(x[:, :2])):
+        came = sent(values, value)
+        assert type(came) is type(value)
+        assert [id(item) for item in came] == [id(item) for item in value]
+    with pytest.raises(TypeError, match="2-sequence"):
+        values.unpack(["return_types.max", 1], [], [], lambda *a: a)
+
+
+def test_a_packed_sequence_comes_out_as_it_went_in(values: Values) -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.zeros(2)])
+    came = sent(values, packed)
+    assert type(came) is type(packed)
+    assert came.data is packed.data
+
+
 def test_an_ordered_dict_keeps_its_order(values: Values) -> None:
     came = sent(values, OrderedDict(b=1, a=2))
     assert list(came) == ["b", "a"]
@@ -154,6 +171,16 @@ def test_objects_go_by_their_codec(values: Values) -> None:
     came = sent(values, [Point(tensor, 1), Sub(3, 4)])
     assert came[0].x is tensor
     assert came[1] == Point(3, 4)  # a subclass travels as the class that has the codec
+
+
+def test_a_codec_may_let_an_object_travel_as_it_is(values: Values) -> None:
+    values.codec(
+        Pair,
+        pack=lambda pair: pair if pair.left else pair.right,
+        unpack=lambda right: Pair(0, right),
+    )
+    assert values.pack(Pair(0, 3)).skeleton == ["coded", f"{__name__}:Pair", 3]
+    assert sent(values, [Pair(1, 2), Pair(0, 3)]) == [Pair(1, 2), Pair(0, 3)]
 
 
 def test_a_method_goes_with_its_object(values: Values) -> None:

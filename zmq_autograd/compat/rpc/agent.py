@@ -283,7 +283,7 @@ class Agent:
         if peer is None or not peer.is_connected:
             is_known = peer is not None or to.name in self._unreachable
             seconds = RECONNECT_SECONDS if is_known else CONNECT_SECONDS
-            if peer is not None and not self.group.is_static:
+            if not self.group.is_static:
                 # It may have come back, and then listens elsewhere; a store may take its time.
                 await asyncio.to_thread(self.group.refresh)
             try:

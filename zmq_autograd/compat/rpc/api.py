@@ -327,7 +327,7 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -
         leaving.callback(_reset_current_rpc_agent)
         leaving.callback(_gatherings.clear)
         leaving.callback(agent.portal.run, agent.close)
-        leaving.callback(agent.group.leave, agent.me)
+        leaving.callback(agent.group.leave)
         if graceful and agent.is_static_group:
             _wait_all_workers(timeout)
             _wait_for_calls(timeout)

@@ -19,6 +19,7 @@ from zmq_autograd.compat.rpc import state
 from zmq_autograd.compat.rpc.agent import Agent
 from zmq_autograd.compat.rpc.options import TensorPipeRpcBackendOptions
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
+from zmq_autograd.errors import ZmqAutogradError
 from zmq_autograd.transport import is_loopback
 from zmq_autograd.worker import Worker
 
@@ -81,6 +82,7 @@ class Group:
         self._lock = threading.Lock()  # functions in several threads ask for others at once
         self._members: dict[str, _Member] = {}
         self._seen = 0
+        self._number = 0  # this worker's own in a dynamic group, from 1
         kind = "static" if world_size else "dynamic"
         if store.compare_set(_KIND, "", kind) != kind.encode():
             raise RuntimeError(
@@ -105,18 +107,23 @@ class Group:
             return
         self.refresh()
         self._check_unique(me)
-        number = self._store.add(_COUNT, 1)
-        self._store.set(f"member/{number}", _Member(me, endpoint, number).encode())
+        self._number = self._store.add(_COUNT, 1)
+        member = _Member(me, endpoint, self._number)
+        self._store.set(f"member/{self._number}", member.encode())
         try:
             self.refresh()
         except BaseException:  # who did not get in must not keep others from learning who did
-            self._store.set(f"left/{number}", "1")
+            self.leave()
             raise
 
-    def leave(self, me: WorkerInfo) -> None:
+    def leave(self) -> None:
         """Take no part any more."""
-        if not self.is_static and me.name in self._members:
-            self._store.set(f"left/{self._members[me.name].number}", "1")
+        if self._number:
+            self._store.set(f"left/{self._number}", "1")
+
+    def drop(self, info: WorkerInfo) -> None:
+        """Have a member of a dynamic group, which has died, take no part any more."""
+        self._store.set(f"left/{self._members[info.name].number}", "1")
 
     def find(self, who: str | int) -> WorkerInfo:
         """Return a member by its name or id.
@@ -172,10 +179,11 @@ class Group:
     def refresh(self) -> None:
         """Learn who has come to a dynamic group, and who has left."""
         with self._lock:
+            # First: one whose name another had comes after that one has left.
+            count = self._store.add(_COUNT, 0)
             for name, member in list(self._members.items()):
                 if self._has_left(member.number):
                     del self._members[name]
-            count = self._store.add(_COUNT, 0)
             numbers = range(self._seen + 1, count + 1)
             self._learn([number for number in numbers if not self._has_left(number)])
             self._seen = count
@@ -199,13 +207,19 @@ def join(store: Any, name: str, rank: int, world_size: int | None, options: Any)
     me = WorkerInfo(name, rank)
     group = Group(store, world_size)
     worker = Worker(
-        name, listen=endpoint_for(options), insecure=options.insecure, drain=DRAIN_SECONDS
+        name,
+        listen=endpoint_for(options),
+        insecure=options.insecure,
+        limits=options.limits,
+        drain=DRAIN_SECONDS,
     )
     portal = current_portal()
     agent = Agent(me, worker, portal, group, options)
     portal.run(worker.start)
     state.set_agent(agent)  # before anybody knows where this worker is, and calls it
     try:
+        if not group.is_static:
+            _free_name(agent)
         group.join(me, worker.endpoints[0])
     except BaseException:
         state.set_agent(None)
@@ -213,6 +227,17 @@ def join(store: Any, name: str, rank: int, world_size: int | None, options: Any)
         raise
     agent.joined()
     return agent
+
+
+def _free_name(agent: Agent) -> None:
+    """Have a worker leave that had this one's name and died."""
+    namesake = next((info for info in agent.group.infos() if info.name == agent.me.name), None)
+    if namesake is None:
+        return
+    try:
+        agent.portal.run(agent.reach, namesake)
+    except ZmqAutogradError:
+        agent.group.drop(namesake)
 
 
 def endpoint_for(options: TensorPipeRpcBackendOptions) -> str:

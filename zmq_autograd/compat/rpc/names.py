@@ -26,6 +26,7 @@ T = TypeVar("T")
 _VALUE_TYPES: Final[tuple[type, ...]] = (
     *(bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, slice, range),
     *(type(None), Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
+    nn.utils.rnn.PackedSequence,
 )
 
 
@@ -69,7 +70,7 @@ class Names:
         """
         if not isinstance(module, str) or not all(map(str.isidentifier, module.split("."))):
             raise ValueError(f"allow_module: expected the name of a module, got {module!r}")
-        if module.partition(".")[0] in sys.stdlib_module_names - {"__main__"} | {"torch"}:
+        if _is_others(module):
             raise ValueError(
                 f"allow_module: {module!r} is not the program's own: register single functions"
             )
@@ -111,10 +112,9 @@ class Names:
         if name.startswith("torch.ops.aten:") and name in tensor_ops.aten_operators():
             return tensor_ops.aten_operators()[name]
         raise NotAllowed(
-            f"no function {name!r} may be called here: have this process register it "
-            "(rpc.register) or allow its module (rpc.allow_module); as torch's default RPC pickler "
-            "does not serialize function code, a name does not carry it either, so it must be "
-            "defined on both caller and callee"
+            f"no function {name!r} may be called here: {_remedy(name.partition(':')[0])}; as "
+            "torch's default RPC pickler does not serialize function code, a name does not carry "
+            "it either, so it must be defined on both caller and callee"
         )
 
     def _find_allowed(self, name: str) -> _Place | None:
@@ -174,8 +174,8 @@ class Names:
         else:
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
         raise NotAllowed(
-            f"method {name!r} of {kind.__module__}.{kind.__qualname__} may not be called here: "
-            "register the class (rpc.register) or allow its module (rpc.allow_module)"
+            f"method {name!r} of {klass.__module__}.{klass.__qualname__} may not be called here: "
+            f"{_remedy(klass.__module__)}"
         )
 
     def _may_call(self, klass: type, name: str, member: Any) -> bool:
@@ -209,7 +209,8 @@ class Names:
         if isinstance(target, (BuiltinFunctionType, MethodDescriptorType)):
             raise CannotTravel(
                 f"{target.__qualname__} cannot be called on another worker: of Python's and "
-                "torch's built-in functions only torch's tensor operators and a few more can"
+                "torch's built-in functions only torch's tensor operators and a few more can; call "
+                "it in your own function, and that from elsewhere"
             )
         if isinstance(target, (FunctionType, type)):
             return _checked(target.__module__, target.__qualname__)
@@ -226,6 +227,17 @@ def program_module(name: str) -> str:
     In those that `multiprocessing` spawns the script is ``__mp_main__``, and ``__main__``, too.
     """
     return "__main__" if name == "__mp_main__" else name
+
+
+def _is_others(module: str) -> bool:
+    """Say whether a module is one of Python's or torch's own, of which only some may be called."""
+    return module.partition(".")[0] in sys.stdlib_module_names - {"__main__"} | {"torch"}
+
+
+def _remedy(module: str) -> str:
+    if _is_others(module):
+        return "call it in your own function, and that from elsewhere"
+    return "have this process register it (rpc.register) or allow its module (rpc.allow_module)"
 
 
 def _checked(module: str | None, qualname: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zmq_autograd.compat.rpc import constants
+from zmq_autograd.wire import DEFAULT_LIMITS, Limits
 
 Device = int | str | torch.device
 DeviceMap = dict[torch.device, torch.device]
@@ -50,6 +51,7 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
         listen: the endpoint that this worker listens on; None for one on the loopback interface.
         insecure: it may listen beyond this machine although nothing is encrypted and nobody proves
             who he is: the network is trusted.
+        limits: what this worker takes in of one message, and how many calls of one worker at once.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
         devices: Sequence[Device] | None = None,
         listen: str | None = None,
         insecure: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
         _transports: Sequence[str] | None = None,
         _channels: Sequence[str] | None = None,
     ) -> None:
@@ -77,6 +80,7 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
         self.devices: list[torch.device] = []
         self.listen = listen
         self.insecure = insecure
+        self.limits = limits
         for to, device_map in (device_maps or {}).items():
             self.set_device_map(to, device_map)
         if devices is not None:

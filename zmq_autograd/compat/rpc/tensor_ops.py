@@ -85,7 +85,7 @@ _LAYER_METHODS: Final = (
     *("__call__", "forward", "train", "eval", "zero_grad", "extra_repr"),
     *("float", "double", "half", "bfloat16"),
 )
-"""Methods of torch's own layers."""
+"""Methods of torch's own layers, and of all modules."""
 
 _BUILTINS: Final[tuple[Operator, ...]] = (abs, all, any, divmod, len, max, min, round, sorted, sum)
 

@@ -25,6 +25,7 @@ from zmq_autograd.compat.rpc.errors import CannotTravel, NotAllowed
 from zmq_autograd.compat.rpc.names import Names
 from zmq_autograd.compat.rpc.strides import strides_of, with_strides
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
+from zmq_autograd.node.codecs import Codecs
 from zmq_autograd.wire.limits import MAX_NUMBER_KEYS
 
 if TYPE_CHECKING:
@@ -51,12 +52,19 @@ def _keys(keys: Collection[Any]) -> Collection[Any]:
     return keys
 
 
-_SEQUENCES: Final[dict[type, str]] = {
+# What torch's operators return, with names for its items.
+_RETURN_TYPES: Final[dict[str, Callable[[list[Any]], Any]]] = {
+    f"return_types.{kind.__qualname__}": kind
+    for kind in vars(torch.return_types).values()
+    if isinstance(kind, type) and kind.__module__ == "torch.return_types"
+}
+_SEQUENCES: Final[dict[Any, str]] = {
     list: "list",
     tuple: "tuple",
     set: "set",
     frozenset: "frozenset",
     torch.Size: "size",
+    **{kind: name for name, kind in _RETURN_TYPES.items()},
 }
 _FROM_ITEMS: Final[dict[str, Callable[[list[Any]], Any]]] = {
     "list": list,
@@ -64,6 +72,7 @@ _FROM_ITEMS: Final[dict[str, Callable[[list[Any]], Any]]] = {
     "set": lambda items: set(_keys(items)),
     "frozenset": lambda items: frozenset(_keys(items)),
     "size": torch.Size,
+    **_RETURN_TYPES,
     "slice": lambda items: slice(*items),
     "range": lambda items: range(*items),
     "dict": lambda items: dict(zip(_keys(items[::2]), items[1::2], strict=True)),
@@ -74,21 +83,6 @@ _FROM_ITEMS: Final[dict[str, Callable[[list[Any]], Any]]] = {
 _TORCH_VALUES: Final[dict[str, Any]] = {
     str(value): value for value in vars(torch).values() if isinstance(value, _OF_TORCH)
 }
-
-
-@dataclass(slots=True)
-class Codec:
-    """How objects of one type travel.
-
-    Attributes:
-        name: the type's name.
-        pack: makes of an object what can travel.
-        unpack: makes an object of that.
-    """
-
-    name: str
-    pack: Callable[[Any], Any]
-    unpack: Callable[[Any], Any]
 
 
 @dataclass(slots=True)
@@ -112,8 +106,7 @@ class Values:
     def __init__(self, names: Names) -> None:
         """Let plain values, tensors, RRefs, and what `names` has a name for, travel."""
         self._names = names
-        self._codecs: dict[type, Codec] = {}
-        self._by_name: dict[str, Codec] = {}
+        self._codecs = Codecs("")  # the process's, not a worker's
 
     def codec(
         self, kind: type, *, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]
@@ -122,14 +115,15 @@ class Values:
 
         Args:
             kind: a class with a name of its own, ``module:qualified.name``.
-            pack: makes of an object what can travel.  Tensors in it stay on the graph.
+            pack: makes of an object what can travel, or returns the object if it can.  Tensors in
+                it stay on the graph.
             unpack: makes an object of that.
 
         Raises:
             CannotTravel: the class is local to a function.
+            ConfigurationError: it has a codec already.
         """
-        made = Codec(self._names.name_of(kind), pack, unpack)
-        self._codecs[kind] = self._by_name[made.name] = made
+        self._codecs.add(kind, self._names.name_of(kind), pack, unpack)
 
     def pack(self, value: Any) -> Packed:
         """Take `value` apart.
@@ -179,9 +173,9 @@ class Values:
         return self._pack_object(value, packed)
 
     def _pack_object(self, value: Any, packed: Packed) -> Any:
-        codec = next((self._codecs[k] for k in type(value).__mro__ if k in self._codecs), None)
-        if codec is not None:
-            return ["coded", codec.name, self._pack(codec.pack(value), packed)]
+        codec = self._codecs.codec_of(value)
+        if codec is not None and (made := codec.pack(value)) is not value:
+            return ["coded", codec.name, self._pack(made, packed)]
         if hasattr(value, "_pack_rref"):
             rref: PyRRef[Any] = value
             packed.rrefs.append(rref)
@@ -223,9 +217,10 @@ class Values:
             case "method":
                 return self._names.method_of(self._unpack(name, parts), rest[0])
             case "coded":
-                if name not in self._by_name:
+                codec = self._codecs.named(name)
+                if codec is None:
                     raise NotAllowed(f"objects of type {name!r} have no codec here: {_HOW}")
-                return self._by_name[name].unpack(self._unpack(rest[0], parts))
+                return codec.unpack(self._unpack(rest[0], parts))
             case "enum":
                 return self._enum(name)[rest[0]]
             case "named":
