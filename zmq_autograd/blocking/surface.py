@@ -13,7 +13,7 @@ import os
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, ClassVar, Final, NoReturn, Self
+from typing import Any, ClassVar, Final, NoReturn, Self, SupportsIndex
 
 from zmq_autograd.blocking.portal import Portal, current_portal
 from zmq_autograd.node.registry import is_async
@@ -89,10 +89,11 @@ class Surface:
     def __repr__(self) -> str:
         return repr(self._object)
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        self._object.__reduce_ex__(protocol)  # an RRef says what to do instead
         raise TypeError(
-            f"a blocking {type(self).__name__} cannot be copied or pickled: what it stands for lives "
-            "on an event loop of this process"
+            f"a blocking {type(self).__name__} cannot be copied or pickled: what it stands for "
+            "lives on an event loop of this process"
         )
 
     def _wait_for(self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
