@@ -2,12 +2,13 @@
 
 A test has a leader, forked from the warm process with a session of its own; PyTorch's
 `MultiProcessTestCase` forks one process for each rank from there. What is left of the session when
-the leader has ended, or when the deadline has passed, is killed.
+the leader has ended, at the deadline, and when this process itself is killed, is killed too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -49,6 +50,7 @@ class Report:
 class _Running:
     case: Case
     pid: int
+    alive: int  # the end of a pipe; tests that began later have it too, and go first
     started: float
     log: Path
     report: Path
@@ -88,14 +90,31 @@ def _start(case: Case, deadline: float, output: Path) -> _Running:
     report.unlink(missing_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    watched, alive = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
+            os.close(alive)
+            _die_with(watched)
             _lead(case, deadline - GRACE, log, report)
         finally:
             os._exit(1)  # 0 or 1, nobody looks: the report says it, or is missing
-    return _Running(case, pid, time.monotonic(), log, report)
+    os.close(watched)
+    return _Running(case, pid, alive, time.monotonic(), log, report)
+
+
+def _die_with(watched: int) -> None:
+    """Have the kernel kill the session of this process once nobody holds that pipe's other end.
+
+    That needs nothing to run here, and reaches all of it, whoever started what.
+    """
+    fcntl.fcntl(watched, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(watched, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(watched, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):  # somebody holds it, who has nothing to say
+        os.read(watched, 1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def _kill(test: _Running, *, ended: bool) -> None:
@@ -104,6 +123,7 @@ def _kill(test: _Running, *, ended: bool) -> None:
         os.killpg(test.pid, signal.SIGKILL)
     if not ended:
         os.waitpid(test.pid, 0)
+    os.close(test.alive)
 
 
 def _report(test: _Running) -> Report:

@@ -3,81 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
+from tests.contract.ends import connected
 from tests.contract.recorder import Recorder
-from zmq_autograd.errors import ConfigurationError, WorkerLost, ZmqAutogradError
+from zmq_autograd.errors import ConfigurationError, ZmqAutogradError
 from zmq_autograd.transport import (
     HIGH_WATER_BYTES,
     LINGER_SECONDS,
     UNADMITTED_BYTES,
     Link,
     LinkClosed,
-    Listener,
-    Transport,
     Transports,
 )
-from zmq_autograd.wire.limits import DEFAULT_LIMITS, MIB, Limits
+from zmq_autograd.wire.limits import MIB, Limits
 
 SMALL = Limits(header_bytes=1000, frames=10, frame_bytes=100_000, message_bytes=300_000)
-
-_names = itertools.count()
-
-
-@dataclass
-class Ends:
-    """Two transports with one link between them, both ends admitted."""
-
-    near_transport: Transport
-    far_transport: Transport
-    listener: Listener
-    near: Link
-    far: Link
-    near_heard: Recorder
-    far_heard: Recorder
-
-
-@pytest.fixture(params=["tcp", "tcp6", "ipc", "memory"])
-def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An endpoint to listen at."""
-    return {
-        "tcp": "tcp://127.0.0.1:0",
-        "tcp6": "tcp://[::1]:0",
-        "ipc": f"ipc://{tmp_path}/s",
-        "memory": f"memory://contract-{next(_names)}",
-    }[request.param]
-
-
-@contextlib.asynccontextmanager
-async def connected(endpoint: str, limits: Limits = DEFAULT_LIMITS) -> AsyncIterator[Ends]:
-    """Join two transports by a link whose far end has heard a first message."""
-    near_transport, far_transport = Transports(limits), Transports(limits)
-    far_heard, near_heard = Recorder(), Recorder()
-
-    def accept(link: Link) -> Recorder:
-        link.admit()
-        return far_heard
-
-    try:
-        listener = await far_transport.listen(endpoint, accept)
-        near = await near_transport.dial(listener.endpoint, near_heard, timeout=5)
-        near.admit()
-        near.send([b"first"])
-        await far_heard.until_messages(1)
-        far_heard.messages.clear()
-        far = far_heard.link
-        assert far is not None
-        yield Ends(near_transport, far_transport, listener, near, far, near_heard, far_heard)
-    finally:
-        await near_transport.close()
-        await far_transport.close()
 
 
 async def test_messages_arrive_whole_and_in_order_both_ways(endpoint: str) -> None:
@@ -243,120 +187,6 @@ async def test_a_message_that_cannot_be_sent_leaves_the_link_as_it_was(
         ends.near.send([b"good"])
         await ends.far_heard.until_messages(1)
         assert ends.far_heard.messages == [[b"good"]]
-
-
-async def test_dialling_waits_for_a_listener(endpoint: str, tmp_path: Path) -> None:
-    late, early, heard = Transports(), Transports(), Recorder()
-    try:
-        probe = await late.listen(endpoint, lambda link: Recorder())
-        known = probe.endpoint
-        await late.close()
-        late = Transports()
-        dialling = asyncio.create_task(early.dial(known, heard, timeout=5))
-        await asyncio.sleep(0.05)
-        assert not dialling.done()
-        await late.listen(known, lambda link: Recorder())
-        link = await dialling
-        assert link.address == known
-        started = time.monotonic()
-        await early.close()
-        assert time.monotonic() - started < 1
-    finally:
-        await early.close()
-        await late.close()
-
-
-async def test_dialling_nobody_raises_in_time(endpoint: str) -> None:
-    transport = Transports()
-    try:
-        listener = await transport.listen(endpoint, lambda link: Recorder())
-        known = listener.endpoint
-        await transport.close()
-        transport = Transports()
-        started = time.monotonic()
-        with pytest.raises(WorkerLost, match=r"refused, tried for 0.3 s") as caught:
-            await transport.dial(known, Recorder(), timeout=0.3)
-        assert time.monotonic() - started < 1
-        assert caught.value.name == known
-    finally:
-        await transport.close()
-
-
-async def test_a_cancelled_dial_leaves_nothing(endpoint: str) -> None:
-    transport = Transports()
-    try:
-        listener = await transport.listen(endpoint, lambda link: Recorder())
-        known = listener.endpoint
-        await transport.close()
-        transport = Transports()
-        for pause in [0.0, 0.001, 0.02, 0.1]:
-            dialling = asyncio.create_task(transport.dial(known, Recorder(), timeout=None))
-            await asyncio.sleep(pause)
-            dialling.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await dialling
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-    finally:
-        started = time.monotonic()
-        await transport.close()
-        assert time.monotonic() - started < 0.5
-
-
-async def test_dials_given_up_disturb_no_other_link(endpoint: str) -> None:
-    """A socket given up at the wrong moment can stop libzmq's thread, and with it every link."""
-    async with connected(endpoint) as ends:
-        absent = "ipc:///no/such/socket" if endpoint.startswith("ipc") else "tcp://127.0.0.1:1"
-        for turn in range(1, 21):
-            dials = [
-                asyncio.create_task(ends.near_transport.dial(absent, Recorder(), timeout=None))
-                for _ in range(5)
-            ]
-            await asyncio.sleep(0.001 * (turn % 4))
-            for dial in dials:
-                dial.cancel()
-            await asyncio.gather(*dials, return_exceptions=True)
-            ends.near.send([b"%d" % turn])
-            ends.far.send([b"%d" % turn])
-            await ends.far_heard.until_messages(turn)
-            await ends.near_heard.until_messages(turn)
-
-
-async def test_a_dial_under_way_ends_when_the_transport_is_closed(endpoint: str) -> None:
-    transport = Transports()
-    listener = await transport.listen(endpoint, lambda link: Recorder())
-    known = listener.endpoint
-    await transport.close()
-    transport = Transports()
-    dialling = asyncio.create_task(transport.dial(known, Recorder(), timeout=None))
-    await asyncio.sleep(0.03)
-    await transport.close()
-    async with asyncio.timeout(1):
-        with pytest.raises(WorkerLost):
-            await dialling
-
-
-async def test_a_taken_endpoint_is_refused(endpoint: str) -> None:
-    transport = Transports()
-    try:
-        listener = await transport.listen(endpoint, lambda link: Recorder())
-        with pytest.raises(ConfigurationError, match="in use"):
-            await transport.listen(listener.endpoint, lambda link: Recorder())
-    finally:
-        await transport.close()
-
-
-async def test_a_closed_listener_ends_its_links_and_frees_its_endpoint(endpoint: str) -> None:
-    async with connected(endpoint) as ends:
-        ends.listener.close()
-        ends.listener.close()
-        await ends.near_heard.until(lambda: bool(ends.near_heard.losses))
-        await ends.far_transport.close()
-        again = Transports()
-        try:
-            await again.listen(ends.listener.endpoint, lambda link: Recorder())
-        finally:
-            await again.close()
-        assert not ends.far_heard.losses
 
 
 async def test_a_stalled_peer_holds_up_nobody_else(endpoint: str) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from tests.faults import zmtp_peer
-from tests.faults.bare import BarePeer
+from tests.faults.wire_peer import WirePeer
 from zmq_autograd import ids
 from zmq_autograd.wire import Buffer, Envelope, encode
 from zmq_autograd.wire import messages as m
@@ -148,7 +148,7 @@ def claims_of_gigabytes(endpoint: str, rng: random.Random, stack: ExitStack) -> 
 
 def random_frames(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     for _ in range(40):
-        with BarePeer(endpoint) as peer:
+        with WirePeer(endpoint) as peer:
             if rng.random() < 0.5:
                 peer.shake_hands()
             for _ in range(50):
@@ -159,7 +159,7 @@ def random_frames(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
 def mutated_messages(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     """Of every type, on their way to being valid: in a session, and at its beginning."""
     for turn in range(60):
-        with BarePeer(endpoint) as peer:
+        with WirePeer(endpoint) as peer:
             if turn % 6:
                 peer.shake_hands()
             for message in rng.sample(SAMPLES, len(SAMPLES)):
@@ -180,19 +180,19 @@ def huge_headers(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
         b"\xdd\xff\xff\xff\xff" + bytes(1000),
         b"\xdb\xff\xff\xff\xff" + bytes(1000),
     ]
-    with BarePeer(endpoint) as peer:
+    with WirePeer(endpoint) as peer:
         peer.shake_hands()
         for header in headers:
             peer.send_frames([header])
             assert isinstance(peer.reply_to(0), m.ErrorResponse)
     for header in headers:
-        with BarePeer(endpoint) as stranger:
+        with WirePeer(endpoint) as stranger:
             stranger.send_frames([header])
 
 
 def many_tiny_frames(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     """One message of 100,000 empty frames, twice: from a peer, and, endless, from a stranger."""
-    with BarePeer(endpoint) as peer:
+    with WirePeer(endpoint) as peer:
         peer.shake_hands()
         peer.send_frames([b""] * 100_000)
         peer.reply_to(0)
@@ -207,33 +207,33 @@ def many_tiny_frames(endpoint: str, rng: random.Random, stack: ExitStack) -> Non
 def no_hello(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     for message in SAMPLES:
         if not isinstance(message, m.Hello):
-            peer = stack.enter_context(BarePeer(endpoint))
+            peer = stack.enter_context(WirePeer(endpoint))
             for _ in range(10):
                 peer.request(message)
 
 
 def hellos(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     """Again and again in one session, and in many that are left at once."""
-    with BarePeer(endpoint) as peer:
+    with WirePeer(endpoint) as peer:
         peer.shake_hands()
         for _ in range(3000):
             peer.request(m.Hello(peer.name, ids.new_incarnation()))
         peer.reply_to(peer.last_id)
     for _ in range(100):
-        with BarePeer(endpoint) as guest:
+        with WirePeer(endpoint) as guest:
             guest.shake_hands()
 
 
 def many_sessions(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     for _ in range(150):
-        stack.enter_context(BarePeer(endpoint)).shake_hands()
+        stack.enter_context(WirePeer(endpoint)).shake_hands()
 
 
 def replies_to_nothing(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     for message in SAMPLES:
         if isinstance(message, m.Reply):
             for request_id in (0, 1, 2**64 - 1):
-                with BarePeer(endpoint) as peer:
+                with WirePeer(endpoint) as peer:
                     peer.shake_hands()
                     for _ in range(10):
                         peer.send(message, Envelope(peer.session_id, request_id))
@@ -241,7 +241,7 @@ def replies_to_nothing(endpoint: str, rng: random.Random, stack: ExitStack) -> N
 
 def cancels(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     """Of nothing, and of requests just sent."""
-    with BarePeer(endpoint) as peer:
+    with WirePeer(endpoint) as peer:
         peer.shake_hands()
         for _ in range(20_000):
             peer.send(m.Cancel(rng.choice([0, 1, 2**64 - 1])), Envelope(peer.session_id))
@@ -253,7 +253,7 @@ def cancels(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
 
 def requests_cancelled_in_threads(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     """A thread goes on when nobody awaits what it computes: how many can be had for nothing?"""
-    with BarePeer(endpoint) as peer:
+    with WirePeer(endpoint) as peer:
         peer.shake_hands()
         for _ in range(6):
             wanted = [peer.request(m.ForwardRequest("finish", [1.5])) for _ in range(250)]
@@ -271,7 +271,7 @@ def requests_cancelled_in_threads(endpoint: str, rng: random.Random, stack: Exit
 
 def requests_without_reading(endpoint: str, rng: random.Random, stack: ExitStack) -> None:
     """Ask for 5 GiB, and take none of it."""
-    peer = stack.enter_context(BarePeer(endpoint, rcvhwm=1, rcvbuf=4 * KIB))
+    peer = stack.enter_context(WirePeer(endpoint, rcvhwm=1, rcvbuf=4 * KIB))
     peer.shake_hands()
     for _ in range(50_000):
         peer.request(m.ForwardRequest("zeros", [100 * KIB]))

@@ -19,9 +19,9 @@ import torch
 import zmq_autograd as za
 from tests.faults import attacks
 from tests.faults.attacks import Attack
-from tests.faults.bare import BarePeer
 from tests.faults.victims import DEADLINE_SECONDS, Victim
 from tests.faults.vitals import say
+from tests.faults.wire_peer import WirePeer
 from zmq_autograd.node.compute import MAX_THREADS
 from zmq_autograd.session import LOST_AFTER_SECONDS
 from zmq_autograd.wire import Envelope, encode
@@ -160,15 +160,15 @@ async def test_good_peers_are_served_under_attack(siege: Siege, attack: Attack) 
 
 
 @pytest.fixture
-async def mallory(siege: Siege) -> AsyncIterator[BarePeer]:
+async def mallory(siege: Siege) -> AsyncIterator[WirePeer]:
     """A peer in a session with bob that may say anything."""
-    with BarePeer(siege.endpoint) as peer:
+    with WirePeer(siege.endpoint) as peer:
         await asyncio.to_thread(peer.shake_hands)
         yield peer
 
 
 async def test_a_request_id_runs_once_however_often_it_comes(
-    siege: Siege, mallory: BarePeer
+    siege: Siege, mallory: WirePeer
 ) -> None:
     before = await siege.bob.call("noted")
     note = ForwardRequest("note")
@@ -191,7 +191,7 @@ async def test_a_request_id_runs_once_however_often_it_comes(
 
 
 async def test_a_request_that_comes_again_while_it_runs_is_not_run_again(
-    siege: Siege, mallory: BarePeer
+    siege: Siege, mallory: WirePeer
 ) -> None:
     request_id = mallory.request(ForwardRequest("wait"))
     mallory.send(ForwardRequest("wait"), Envelope(mallory.session_id, request_id))
@@ -203,7 +203,7 @@ async def test_a_request_that_comes_again_while_it_runs_is_not_run_again(
 
 
 async def test_a_reply_to_what_was_never_asked_ends_its_session(
-    siege: Siege, mallory: BarePeer
+    siege: Siege, mallory: WirePeer
 ) -> None:
     mallory.request(ForwardRequest("wait"))
     await siege.bob.call("waiting", 1)
@@ -213,10 +213,10 @@ async def test_a_reply_to_what_was_never_asked_ends_its_session(
 
 
 async def test_what_is_said_in_the_name_of_another_session_is_refused(
-    siege: Siege, mallory: BarePeer
+    siege: Siege, mallory: WirePeer
 ) -> None:
     before = await siege.bob.call("noted")
-    with BarePeer(siege.endpoint) as other:
+    with WirePeer(siege.endpoint) as other:
         await asyncio.to_thread(other.shake_hands)
         waiting = other.request(ForwardRequest("wait"))
         other.reply_to(other.request(Status()))
@@ -236,7 +236,7 @@ async def test_what_is_said_in_the_name_of_another_session_is_refused(
 async def test_calls_whose_caller_vanishes_are_cancelled(siege: Siege) -> None:
     """Two hundred at once; some of them wait for a thread, which nobody can cancel."""
     for _ in range(2):
-        with BarePeer(siege.endpoint) as peer:
+        with WirePeer(siege.endpoint) as peer:
             await asyncio.to_thread(peer.shake_hands)
             for _ in range(200):
                 peer.request(ForwardRequest("wait"))
@@ -249,7 +249,7 @@ async def test_calls_whose_caller_vanishes_are_cancelled(siege: Siege) -> None:
 
 
 async def test_more_requests_than_the_limit_are_refused_one_by_one(
-    siege: Siege, mallory: BarePeer
+    siege: Siege, mallory: WirePeer
 ) -> None:
     limit = DEFAULT_LIMITS.requests
     wanted = [mallory.request(ForwardRequest("wait")) for _ in range(limit + 100)]
@@ -265,7 +265,7 @@ async def test_more_requests_than_the_limit_are_refused_one_by_one(
 
 
 async def test_a_wrong_reply_ends_that_call_and_nothing_else(
-    siege: Siege, mallory: BarePeer
+    siege: Siege, mallory: WirePeer
 ) -> None:
     """Bob asks back; what comes is of every other type, no message at all, or an error."""
     truth = ForwardResponse(torch.ones(2))

@@ -26,10 +26,10 @@ import zmq
 
 import zmq_autograd as za
 from tests.faults import zmtp_peer
-from tests.faults.bare import Answer, impostor, silent_socket
 from tests.faults.proxy import Proxy, proxied
 from tests.faults.victims import ROOT, Callers, Victim, called_back, outcome, running_victim
 from tests.faults.vitals import say
+from tests.faults.wire_peer import Answer, impostor, silent_socket
 from zmq_autograd import ids
 from zmq_autograd.wire import Envelope, encode
 from zmq_autograd.wire.limits import MIB

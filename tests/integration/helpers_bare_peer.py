@@ -30,6 +30,15 @@ LIMITS: Final = {
     "requests": 1024,
 }
 
+NO_RESULT: Final = {
+    "result": None,
+    "context_id": 0,
+    "message_id": 0,
+    "profiler_events": None,
+    "committed": 0,
+}
+"""What a response holds that holds nothing."""
+
 DEADLINE: Final = 10.0
 
 Header = dict[str, Any]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
@@ -94,33 +93,48 @@ async def test_cleanup_may_come_twice_and_of_what_never_was(chain: Fleet) -> Non
 
 
 @pytest.mark.parametrize("busy", ["bob", "carol"])
-async def test_leaving_waits_two_seconds_at_most_for_a_busy_worker(chain: Fleet, busy: str) -> None:
-    release = asyncio.Event()
+async def test_leaving_waits_for_a_busy_worker_but_not_for_long(
+    chain: Fleet, busy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, release = asyncio.Event(), asyncio.Event()
 
     @chain[busy].handler(za.messages.CleanupContextRequest)
     async def clean_up(request: za.messages.CleanupContextRequest, peer: za.RemoteWorker) -> Any:
         reply = await chain[busy].default_handler(request, peer)
+        entered.set()
         await release.wait()
         return reply
 
+    async def use_it() -> None:
+        async with chain["alice"].context():
+            await bob.call("ask", ["carol", "dave"], "here")
+
     bob = await chain.way("alice", "bob")
-    async with chain["alice"].context():
-        await bob.call("ask", ["carol", "dave"], "here")
-        left = time.monotonic()
-    assert 0.9 < time.monotonic() - left < 3
+    monkeypatch.setattr("zmq_autograd.engine.contexts.CLEANUP_SECONDS", 4 * DEADLINE)
+    using = asyncio.create_task(use_it())
+    await asyncio.wait_for(entered.wait(), DEADLINE)
+    assert not using.done()
+    release.set()
+    await asyncio.wait_for(using, DEADLINE)
+    assert not chain.contexts()
+
+    release.clear()
+    monkeypatch.setattr("zmq_autograd.engine.contexts.CLEANUP_SECONDS", 0.1)
+    await asyncio.wait_for(use_it(), DEADLINE)
     release.set()
     assert not chain.contexts()
 
 
-async def test_leaving_passes_over_lost_workers(chain: Fleet) -> None:
+async def test_leaving_passes_over_lost_workers(
+    chain: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zmq_autograd.engine.contexts.CLEANUP_SECONDS", 4 * DEADLINE)
     bob, carol = await chain.way("alice", "bob"), await chain.way("alice", "carol")
-    async with chain["alice"].context():
+    async with asyncio.timeout(DEADLINE), chain["alice"].context():
         await bob.call("here")
         await carol.call("ask", ["dave"], "here")
         await chain["carol"].close()
         await until(lambda: not carol.is_connected)
-        left = time.monotonic()
-    assert time.monotonic() - left < 1
     await until(lambda: not any(chain[name].status()["contexts"] for name in ("bob", "dave")))
 
 

@@ -8,15 +8,16 @@ import signal
 import socket
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import DEADLINE
-from zmq_autograd import Worker, current_peer
+from tests.integration.fleets import until
+from tests.integration.worlds import hosted_store, member, members, outcomes, running
+from zmq_autograd import RemoteWorker, Worker, current_peer
 from zmq_autograd.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -24,7 +25,7 @@ from zmq_autograd.errors import (
     WorkerLost,
 )
 from zmq_autograd.launch.environment import rank_variables, read_environment
-from zmq_autograd.launch.member import BARRIER, LOST, Member
+from zmq_autograd.launch.member import BARRIER, Member
 from zmq_autograd.launch.store import Entry, host_store
 from zmq_autograd.launch.world import WorldWorker, init
 
@@ -32,58 +33,11 @@ LOST_SECONDS = 3.0
 """Within which a killed member is known to be lost."""
 
 
-# With a process's first store libuv opens a pipe that lasts as long as the process.
-host_store("127.0.0.1", 0)
-
-
 @pytest.fixture
 def port() -> Iterator[int]:
-    """Host a store, as a launcher does, and return its port."""
-    store = host_store("127.0.0.1", 0)
-    yield store.port
-    del store
-
-
-def member(rank: int, world_size: int, port: int, **options: object) -> WorldWorker:
-    """Return a member whose launcher hosts the store at `port`; all live in this process."""
-    variables = rank_variables(rank, world_size, master_port=port, run_id="test")
-    return WorldWorker(read_environment(variables), **options)  # type: ignore[arg-type]
-
-
-def members(world_size: int, port: int, **options: object) -> list[WorldWorker]:
-    return [member(rank, world_size, port, **options) for rank in range(world_size)]
-
-
-@asynccontextmanager
-async def running(workers: list[WorldWorker]) -> AsyncIterator[list[WorldWorker]]:
-    """Start all at once, and have all leave at once."""
-    async with asyncio.timeout(DEADLINE):
-        await asyncio.gather(*(worker.__aenter__() for worker in workers))
-        try:
-            yield workers
-        finally:
-            await asyncio.gather(*(leave(worker) for worker in workers))
-
-
-async def leave(worker: WorldWorker) -> None:
-    await worker.__aexit__(None, None, None)
-
-
-async def fail(worker: WorldWorker) -> None:
-    error = RuntimeError("its block raised")
-    await worker.__aexit__(RuntimeError, error, None)
-
-
-async def outcomes(*waiting: Awaitable[object]) -> list[object]:
-    return list(await asyncio.gather(*waiting, return_exceptions=True))
-
-
-async def under_way(waiting: Awaitable[None]) -> asyncio.Future[None]:
-    """Start something that waits for others, and let it get as far as it comes alone."""
-    task = asyncio.ensure_future(waiting)
-    await asyncio.sleep(0.05)
-    assert not task.done()
-    return task
+    """Where the members meet."""
+    with hosted_store() as port:
+        yield port
 
 
 async def test_members_know_each_other_by_rank_and_by_name(port: int) -> None:
@@ -176,9 +130,12 @@ async def test_who_does_not_come_is_named_and_nothing_stays_open(port: int) -> N
     assert worker.endpoints == []
 
 
-async def test_joining_can_be_cancelled(port: int) -> None:
-    worker = member(0, 2, port)
-    joining = await under_way(worker.start())
+async def test_joining_can_be_cancelled() -> None:
+    store = host_store("127.0.0.1", 0)
+    worker = member(0, 2, store.port)
+    before = store.num_keys()
+    joining = asyncio.ensure_future(worker.start())
+    await until(lambda: store.num_keys() > before)  # it is there, and looks for the other one
     joining.cancel()
     with pytest.raises(asyncio.CancelledError):
         await joining
@@ -200,129 +157,6 @@ async def test_a_world_may_be_of_one(port: int) -> None:
         for _ in range(3):
             await worker.barrier()
         await worker.serve_forever()
-
-
-async def test_a_barrier_holds_until_the_last_any_number_of_times(port: int) -> None:
-    async with running(members(3, port)) as workers:
-        for number in range(6):
-            last = workers[number % 3]
-            early = [asyncio.ensure_future(w.barrier()) for w in workers if w is not last]
-            await asyncio.sleep(0.01)
-            assert not any(task.done() for task in early)
-            await asyncio.gather(last.barrier(), *early)
-
-
-async def test_a_barrier_names_who_is_late_and_may_be_tried_again(port: int) -> None:
-    async with running(members(3, port)) as workers:
-        for early in (workers[1], workers[0]):
-            with pytest.raises(DeadlineExceeded, match="'worker2'") as info:
-                await early.barrier(timeout=0.05)
-        assert info.value.workers == ("worker2",)
-        await workers[2].barrier(timeout=0.05)
-        await asyncio.gather(workers[1].barrier(), workers[0].barrier())
-
-
-async def test_a_member_that_leaves_fails_the_barrier(port: int) -> None:
-    async with running(members(3, port)) as workers:
-        waiting = [await under_way(workers[rank].barrier()) for rank in (0, 2)]
-        leaving = await under_way(leave(workers[1]))
-        for error in await outcomes(*waiting):
-            assert isinstance(error, WorkerLost)
-            assert (error.name, error.reason) == ("worker1", "it is leaving")
-        await asyncio.gather(leaving, leave(workers[0]), leave(workers[2]))
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-async def test_a_member_whose_block_raised_waits_for_nobody(port: int, failing: int) -> None:
-    async with running(members(3, port)) as workers:
-        lost = workers[failing].incarnation
-        waiting = [await under_way(w.barrier()) for w in workers if w.rank != failing]
-        async with asyncio.timeout(2):
-            await fail(workers[failing])
-            errors = await outcomes(*waiting)
-        for error in errors:
-            assert isinstance(error, WorkerLost)
-            assert (error.name, error.incarnation) == (f"worker{failing}", lost)
-
-
-async def test_the_first_cause_is_told_even_when_rank_0_goes_because_of_it(port: int) -> None:
-    async def fail_when_lost(worker: WorldWorker) -> None:
-        with pytest.raises(WorkerLost, match=r"worker 'worker1'.* is lost: it has left"):
-            await worker.barrier()
-        await fail(worker)
-
-    async with running(members(3, port)) as workers:
-        rank_0 = await under_way(fail_when_lost(workers[0]))
-        await asyncio.gather(fail(workers[1]), rank_0)
-        with pytest.raises(WorkerLost, match=r"worker 'worker1'.* is lost: it has left"):
-            await workers[2].barrier()
-
-
-async def test_a_member_that_fails_as_soon_as_it_has_joined_has_left(port: int) -> None:
-    others = members(2, port)
-    joining = await under_way(others[0].start())
-    with pytest.raises(RuntimeError):
-        async with others[1]:
-            raise RuntimeError("its block raised")
-    await joining
-    with pytest.raises(WorkerLost, match="'worker1'"):
-        await others[0].barrier()
-    await leave(others[0])
-
-
-async def test_only_rank_0_tells_who_is_lost(port: int) -> None:
-    async with running(members(3, port)) as workers:
-        with pytest.raises(ProtocolError, match="expected rank 0, got worker 'worker2'"):
-            await (await workers[2].peer(1)).call(LOST, "worker0", "ab" * 16, "so I say")
-        await asyncio.gather(*(worker.barrier() for worker in workers))
-
-
-async def test_leaving_waits_for_the_others(port: int) -> None:
-    async with running(members(2, port)) as workers:
-        for worker in workers:
-            worker.register(lambda: "here", name="tell")
-        leaving = await under_way(leave(workers[1]))
-        assert await (await workers[0].peer(1)).call("tell") == "here"
-        await leave(workers[0])
-        await leaving
-
-
-@pytest.mark.parametrize("first", [0, 1])
-async def test_leaving_waits_no_longer_than_its_bound(
-    port: int, first: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    workers = members(2, port)
-    workers[first] = member(first, 2, port, timeout=1)
-    async with running(workers):
-        await leave(workers[first])
-        assert f"'worker{first}' leaves before the others" in caplog.text
-        async with asyncio.timeout(2):  # and who comes later does not wait for the one that left
-            await leave(workers[1 - first])
-
-
-async def test_who_serves_goes_when_the_others_have_left(port: int) -> None:
-    async with running(members(3, port)) as workers:
-        serving = await under_way(workers[1].serve_forever())
-        await asyncio.gather(workers[0].barrier(), workers[2].barrier())
-        leaving = await under_way(leave(workers[0]))
-        assert not serving.done()
-        await asyncio.gather(leave(workers[2]), leaving, serving)
-
-
-async def test_serving_ends_when_the_worker_is_closed(port: int) -> None:
-    async with running(members(2, port)) as workers:
-        serving = await under_way(workers[1].serve_forever())
-        await workers[1].close()
-        await serving
-
-
-async def test_a_signal_ends_serving_and_then_nobody_is_waited_for(port: int) -> None:
-    async with running(members(2, port)) as workers:
-        serving = await under_way(workers[1].serve_forever())
-        os.kill(os.getpid(), signal.SIGTERM)
-        await serving
-        async with asyncio.timeout(2):
-            await leave(workers[1])
 
 
 async def test_a_stranger_cannot_take_part(port: int) -> None:
@@ -352,25 +186,23 @@ async def test_each_endpoint_of_a_member_is_tried() -> None:
         assert (await Member(worker, 0, entries).peer(1, 0.6)).name == "worker1"
 
 
-async def test_the_endpoints_of_a_member_share_the_time() -> None:
+async def test_the_endpoints_of_a_member_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = []
+
+    async def noted(endpoint: str, *, timeout: float) -> RemoteWorker:
+        seconds.append(timeout)
+        return await Worker.connect(worker, endpoint, timeout=timeout)
+
     nobody = [f"tcp://127.0.0.1:{free_port()}" for _ in range(3)]
     async with Worker("worker0") as worker:
         entries = [
             Entry(0, "worker0", ("tcp://127.0.0.1:1",), worker.incarnation),
             Entry(1, "worker1", tuple(nobody), "ab" * 16),
         ]
-        async with asyncio.timeout(1.2):
-            with pytest.raises(WorkerLost, match=f"'worker1'.* nobody answers at {nobody[0]}, "):
-                await Member(worker, 0, entries).peer(1, 0.6)
-
-
-async def test_members_are_watched_for_longer_than_joining_may_take(
-    port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zmq_autograd.launch.member.REPLY_SECONDS", 0.2)
-    async with running(members(2, port, timeout=0.5)) as workers:
-        await asyncio.sleep(0.8)
-        await asyncio.gather(*(worker.barrier() for worker in workers))
+        monkeypatch.setattr(worker, "connect", noted)
+        with pytest.raises(WorkerLost, match=f"'worker1'.* nobody answers at {nobody[0]}, "):
+            await Member(worker, 0, entries).peer(1, 0.6)
+    assert seconds == [pytest.approx(0.2)] * 3
 
 
 async def test_a_member_that_listens_everywhere_can_be_reached(port: int) -> None:

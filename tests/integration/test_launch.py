@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration.fleets import until
 from zmq_autograd import connect
 from zmq_autograd.cli import main
 from zmq_autograd.launch.local import launch
@@ -290,21 +292,14 @@ async def test_a_stalled_output_does_not_hold_up_a_signal(script: Script) -> Non
     """)
     read_end, write_end = os.pipe()
     async with command("launch", "-n", "1", *program[2:], stdout=write_end) as process:
-        os.close(write_end)
         pid = int((await asyncio.to_thread(os.read, read_end, 30)).split()[2])
-        await stalled(pid)
+        # Until nothing more fits in: nobody reads on.
+        await until(lambda: not select.select([], [write_end], [], 0)[1])
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 128 + signal.SIGTERM
         await all_gone([pid])
     os.close(read_end)
-
-
-async def stalled(pid: int) -> None:
-    """Wait until the process waits for its output to be taken: it no longer gets on."""
-    written, before = -1, -2
-    while written != before:
-        await asyncio.sleep(0.2)
-        before, written = written, psutil.Process(pid).io_counters().write_count
+    os.close(write_end)
 
 
 async def test_a_module_is_launched_by_name_with_its_arguments(tmp_path: Path) -> None:

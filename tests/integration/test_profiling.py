@@ -5,71 +5,41 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import gzip
 import itertools
-import json
-import logging
-import re
-import subprocess
 import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd import profiler, profiler_legacy
 
 import zmq_autograd as za
 from tests.helpers import DEADLINE, Pair, connected
-from tests.integration.fleets import Fleet, running
+from tests.integration.fleets import Fleet
+from tests.integration.profiles import (
+    PROFILES,
+    events_of,
+    is_within,
+    named,
+    only,
+    product,
+    profiled_chain,
+    set_up_kineto,
+    x,
+)
 from zmq_autograd.node import defaults
-from zmq_autograd.node.profiled import MAX_EVENTS
-from zmq_autograd.node.recorder import CallRecorder, call_named
-from zmq_autograd.node.torch_events import number_workers
+from zmq_autograd.node.recorder import CallRecorder
 
 pytestmark = pytest.mark.timeout(60)
 
-DOCS = Path(__file__).parents[2] / "docs"
-
-PROFILES: list[Any] = [torch.profiler.profile, profiler.profile, profiler_legacy.profile]
-
 HOURS = 5 * 3600 * 10**9
-
-x = torch.arange(6.0).reshape(2, 3)
-
-
-def product(a: Tensor) -> Tensor:
-    return torch.mm(a, a.T)
-
-
-def events_of(profile: Any) -> list[Any]:
-    events = profile.events() if hasattr(profile, "events") else profile.function_events
-    return list(events)
-
-
-def named(profile: Any, name: str) -> list[Any]:
-    return [event for event in events_of(profile) if event.name == name]
-
-
-def only(profile: Any, name: str) -> Any:
-    (event,) = named(profile, name)
-    return event
-
-
-def is_within(inner: Any, outer: Any) -> bool:
-    inner, outer = inner.time_range, outer.time_range
-    return bool(outer.start <= inner.start <= inner.end <= outer.end)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kineto() -> None:
-    """Have Kineto set up what it keeps for good, so that no test seems to leave it behind."""
-    with torch.profiler.profile():
-        pass
+    set_up_kineto()
 
 
 @pytest.fixture
@@ -81,15 +51,7 @@ async def pair() -> AsyncIterator[Pair]:
 
 @pytest.fixture
 async def chain() -> AsyncIterator[Fleet]:
-    """Alice, bob and carol; bob's `middle` computes and calls carol's `product`."""
-    async with running("alice", "bob", "carol") as fleet:
-        fleet["carol"].register(product)
-        carol = await fleet.way("bob", "carol")
-
-        async def middle(a: Tensor) -> Any:
-            return await carol.call("product", await za.compute(torch.relu, a))
-
-        fleet["bob"].register(middle)
+    async with profiled_chain() as fleet:
         yield fleet
 
 
@@ -250,7 +212,7 @@ async def test_lines_of_code_are_told_as_tracebacks_are(tracebacks: bool) -> Non
         with torch.profiler.profile(with_stack=True) as profile:
             await pair.remote_bob.call("product", x)
     stack = only(profile, "call#product(alice -> bob)#remote_op: aten::mm").stack
-    assert any("test_profiling.py" in line for line in stack) == tracebacks
+    assert any("profiles.py" in line for line in stack) == tracebacks
 
 
 async def test_methods_of_what_lives_there_are_profiled(pair: Pair) -> None:
@@ -418,146 +380,3 @@ async def test_without_a_profiler_nothing_is_asked(pair: Pair) -> None:
     wanted = {"profile_memory": False, "with_stack": False, "with_flops": False}
     assert asked == [None, {"record_shapes": True, **wanted}, None]
     assert named(profile, "call#product(alice -> bob)#remote_op: aten::mm")
-
-
-# --- bounds --------------------------------------------------------------------------------------
-
-
-def many(a: Tensor) -> Tensor:
-    with torch.profiler.record_function("all of them"):
-        for _ in range(3 * MAX_EVENTS):
-            a = torch.neg(a)
-    return a
-
-
-async def test_the_longest_events_are_kept_and_the_others_counted(pair: Pair) -> None:
-    pair.bob.register(many)
-    with torch.profiler.profile() as profile:
-        await pair.remote_bob.call("many", x)
-    prefix = "call#many(alice -> bob)#remote_op: "
-    kept = [e for e in events_of(profile) if e.is_remote and "left out" not in e.name]
-    assert len(kept) == MAX_EVENTS
-    assert only(profile, prefix + "all of them")
-    # Beside the negations: `many` itself, and the range in it.
-    left_out = 3 * MAX_EVENTS + 2 - MAX_EVENTS
-    assert only(profile, f"{prefix}({left_out:,} shorter events left out)")
-
-
-async def test_a_result_that_just_fits_comes_without_events(pair: Pair) -> None:
-    text = "x" * 250_000
-
-    def large(a: Tensor) -> str:
-        many(a)
-        return text
-
-    pair.bob.register(large)
-    with torch.profiler.profile() as profile:
-        assert await pair.remote_bob.call("large", x) == text
-    (note,) = (event for event in events_of(profile) if event.is_remote)
-    assert note.name == "call#large(alice -> bob)#remote_op: (events left out)"
-
-
-async def test_malformed_events_cost_no_result(
-    pair: Pair, caplog: pytest.LogCaptureFixture
-) -> None:
-    @pair.bob.handler(za.messages.ForwardRequest)
-    async def on_call(request: Any, peer: Any) -> Any:
-        return za.messages.ForwardResponse(5, profiler_events={"events": "many"})
-
-    with (
-        caplog.at_level(logging.WARNING, "zmq_autograd"),
-        torch.profiler.profile() as profile,
-    ):
-        assert await pair.remote_bob.call("product", x) == 5
-    assert "worker 'bob' sent no profiler events" in caplog.text
-    assert named(profile, "call#product(alice -> bob)")
-
-
-async def test_a_malformed_configuration_is_an_error_there(pair: Pair) -> None:
-    with pytest.raises(za.ProtocolError, match="profiler"):
-        await pair.remote_bob.request(za.messages.ForwardRequest("product", [x], profiler=5))
-
-
-# --- where it shows ------------------------------------------------------------------------------
-
-
-async def test_the_averages_count_what_ran_there(pair: Pair) -> None:
-    with torch.profiler.profile() as profile:
-        for _ in range(3):
-            await pair.remote_bob.call("product", x)
-    averages = {average.key: average for average in profile.key_averages()}
-    mm = averages["call#product(alice -> bob)#remote_op: aten::mm"]
-    assert mm.count == 3
-    assert mm.cpu_time_total > 0
-    assert "call#product(alice -> bob)" in profile.key_averages().table(max_name_column_width=99)
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-async def test_a_chrome_trace_has_both_sides(chain: Fleet, tmp_path: Path, zipped: bool) -> None:
-    bob = await chain.way("alice", "bob")
-    with torch.profiler.profile(record_shapes=True) as profile:
-        with torch.profiler.record_function("around"):
-            torch.relu(x)
-        await bob.call("middle", x)
-        torch.sigmoid(x)
-    path = tmp_path / ("trace.json.gz" if zipped else "trace.json")
-    profile.export_chrome_trace(str(path))
-    raw = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
-    entries = json.loads(raw)["traceEvents"]
-    by_name = {entry["name"]: entry for entry in entries if entry["ph"] == "X"}
-    remote = "call#middle(alice -> bob)#remote_op: "
-    mm = by_name[f"{remote}call#product(bob -> carol)#remote_op: aten::mm"]
-    assert mm["pid"] == "worker carol"
-    assert mm["args"]["Input Dims"] == [[2, 3], [3, 2]]
-    assert by_name[remote + "aten::relu"]["pid"] == "worker bob"
-    # Calls, which may overlap, are pairs of a beginning and an end.
-    begin, end = (e for e in entries if e["name"] == "call#middle(alice -> bob)")
-    assert (begin["ph"], end["ph"]) == ("b", "e")
-    assert begin["id"] == end["id"]
-    around = by_name["around"]
-    assert around["pid"] == begin["pid"]
-    assert around["ts"] + around["dur"] <= begin["ts"] <= mm["ts"]
-    assert mm["ts"] + mm["dur"] <= end["ts"] <= by_name["aten::sigmoid"]["ts"]
-    processes = [entry["args"]["name"] for entry in entries if entry["name"] == "process_name"]
-    assert {"worker bob", "worker carol"} <= set(processes)
-
-
-async def test_a_legacy_trace_stays_json_whatever_names_hold(pair: Pair, tmp_path: Path) -> None:
-    pair.bob.register(product, 'a "quoted" \\ name')
-    with PROFILES[-1]() as profile:
-        await pair.remote_bob.call('a "quoted" \\ name', x)
-    path = tmp_path / "trace.json"
-    profile.export_chrome_trace(str(path))
-    names = [entry["name"] for entry in json.loads(path.read_text())]
-    assert "call#a ?quoted? ? name(alice -> bob)#remote_op: aten::mm" in names
-
-
-async def test_calls_can_go_by_names_and_workers_by_numbers(
-    pair: Pair, request: pytest.FixtureRequest
-) -> None:
-    """As torch.distributed.rpc has them."""
-    number_workers({"": 0, "bob": 1})
-    request.addfinalizer(lambda: number_workers({}))
-    with PROFILES[-1]() as profile, call_named("rpc_async#product(w0 -> w1)"):
-        await pair.remote_bob.call("product", x)
-    assert only(profile, "rpc_async#product(w0 -> w1)").node_id == 0
-    assert only(profile, "rpc_async#product(w0 -> w1)#remote_op: aten::mm").node_id == 1
-    assert not named(profile, "rpc_async#product(w0 -> w1)#remote_op: product")
-
-
-def test_the_program_in_the_docs_prints_what_they_say(tmp_path: Path) -> None:
-    text = (DOCS / "observing.md").read_text(encoding="utf-8")
-    [(program, printed)] = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "program.py").write_text(program, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "program.py"],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == printed
-    names = {e["name"] for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
-    assert "call#stage(alice -> bob)#remote_op: aten::addmm" in names

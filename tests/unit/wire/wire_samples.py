@@ -9,16 +9,27 @@ from collections.abc import Sequence
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
+import msgpack
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from zmq_autograd.errors import ProtocolError
 from zmq_autograd.ids import MAX_ID
-from zmq_autograd.wire import DEFAULT_LIMITS, Buffer, Envelope, Limits, encode, open_envelope
+from zmq_autograd.wire import (
+    DEFAULT_LIMITS,
+    Buffer,
+    Envelope,
+    Limits,
+    decode,
+    encode,
+    open_envelope,
+)
 from zmq_autograd.wire import fields as f
 from zmq_autograd.wire import messages as m
 from zmq_autograd.wire.codec import SCHEMAS
+from zmq_autograd.wire.messages import StatusResponse
 from zmq_autograd.wire.objects import Coded, Reference
 from zmq_autograd.wire.tensors import DTYPES
 
@@ -221,3 +232,25 @@ def messages_of(cls: type[m.Message]) -> st.SearchStrategy[m.Message]:
 
 MESSAGES = st.sampled_from(list(SCHEMAS)).flatmap(messages_of)
 ENVELOPES = st.builds(Envelope, IDS, IDS, st.none() | st.floats(0, 1e300))
+
+
+def frames_of(*tensors: Any) -> list[Buffer]:
+    return encode(StatusResponse(list(tensors)))
+
+
+def received(frames: list[Buffer], *, adopt: bool = False) -> list[Tensor]:
+    message = decode(frames, adopt=adopt)
+    assert isinstance(message, StatusResponse)
+    tensors: list[Tensor] = message.status
+    return tensors
+
+
+def through(tensor: Tensor) -> Tensor:
+    return received(frames_of(tensor))[0]
+
+
+def refused(spec: object, frame: Buffer = b"", limits: Limits | None = None) -> str:
+    header = {"type": 0x49, "status": {"tensor": 0}, "tensors": [spec]}
+    with pytest.raises(ProtocolError) as caught:
+        decode([msgpack.packb(header), frame], limits or Limits())
+    return str(caught.value)

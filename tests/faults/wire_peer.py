@@ -1,4 +1,8 @@
-"""Peers made of pyzmq and the wire alone, which need not keep to the protocol above it."""
+"""Peers made of pyzmq and the wire alone, which need not keep to the protocol above it.
+
+They take messages of every type from the package, and block, so that attacks run in threads.  The
+peer of `tests.integration.helpers_bare_peer`, which tries the specification, knows neither.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ DEADLINE_SECONDS: Final = 20.0
 LINGER_MILLISECONDS: Final = 500
 
 
-class BarePeer:
+class WirePeer:
     """A DEALER that may say anything.  Every method blocks, up to a deadline."""
 
     def __init__(self, endpoint: str, **options: int) -> None:
