@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -44,6 +45,13 @@ def test_several_threads_may_ask_for_a_worker_that_has_just_come() -> None:
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(group.find, ["bob", "bob"], timeout=DEADLINE))
     assert found == [BOB, BOB]
+
+
+def test_who_did_not_come_is_told_by_rank() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.01))
+    with pytest.raises(RuntimeError, match=r"of 3 workers, those of rank \[0, 2\] did not come"):
+        Group(store, 3).join(BOB, "tcp://127.0.0.1:1")
 
 
 class Outrun:

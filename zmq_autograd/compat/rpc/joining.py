@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
+from torch.distributed import DistStoreError
+
 from zmq_autograd.blocking.portal import current_portal
 from zmq_autograd.compat.rpc import state
 from zmq_autograd.compat.rpc.agent import Agent
@@ -103,7 +105,7 @@ class Group:
         """
         if self._world_size:
             self._store.set(f"member/{me.id}", _Member(me, endpoint, me.id).encode())
-            self._learn(range(self._world_size))
+            self._await_all(self._world_size)
             return
         self.refresh()
         self._check_unique(me)
@@ -115,6 +117,15 @@ class Group:
         except BaseException:  # who did not get in must not keep others from learning who did
             self.leave()
             raise
+
+    def _await_all(self, world_size: int) -> None:
+        try:
+            self._learn(range(world_size))
+        except DistStoreError as error:
+            ranks = [rank for rank in range(world_size) if not self._has_come(rank)]
+            raise RuntimeError(
+                f"of {world_size} workers, those of rank {ranks} did not come in time: {error}"
+            ) from error
 
     def leave(self) -> None:
         """Take no part any more."""
@@ -187,6 +198,9 @@ class Group:
             numbers = range(self._seen + 1, count + 1)
             self._learn([number for number in numbers if not self._has_left(number)])
             self._seen = count
+
+    def _has_come(self, number: int) -> bool:
+        return self._store.check([f"member/{number}"])
 
     def _has_left(self, number: int) -> bool:
         return self._store.check([f"left/{number}"])
