@@ -426,7 +426,9 @@ async def test_what_is_made_and_loaded_in_inference_mode_is_stepped_outside_of_i
                 await ctx.backward(3 * leaf)
                 await optimizer.step(ctx)
             with torch.inference_mode():
-                await optimizer.load_state_dict(await optimizer.state_dict())
+                state = await optimizer.state_dict()
+                await optimizer.load_state_dict(state)
+            assert not any(value.is_inference() for value in state["state"][0].values())
 
 
 async def test_an_optimizer_is_dropped_with_its_holder() -> None:

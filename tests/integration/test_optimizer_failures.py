@@ -339,6 +339,52 @@ async def test_an_outcome_that_cannot_be_is_taken_for_none(told: Any) -> None:
         assert isinstance(error.causes["bad"], za.ProtocolError)
 
 
+@pytest.mark.parametrize(
+    ("function", "reply"),
+    [
+        ("create", None),
+        ("create", (1, {}, [{}])),
+        ("create", "rref"),
+        ("create", "rref, one group too many"),
+        ("create", "rref, parameters"),
+        ("read_state", ([(False, "x", (1, "step", 5))], None, 1)),
+        ("read_state", ([(False, "x", (-1, "step", 5))], None, 1)),
+        ("read_state", (5, None, 1)),
+    ],
+)
+async def test_what_an_owner_tells_has_to_be_possible(function: str, reply: Any) -> None:
+    async with setting() as there:
+        bad = there.servers[1]
+        replies: dict[str, tuple[Any, ...]] = {
+            "rref": (bad.rref(1),),
+            "rref, one group too many": (bad.rref(1), {}, [{}, {}]),
+            "rref, parameters": (bad.rref(1), {}, [{"params": ["mine"]}]),
+        }
+        told = replies.get(reply, reply) if isinstance(reply, str) else reply
+
+        async def forward(request: za.messages.ForwardRequest, peer: za.RemoteWorker) -> Any:
+            if request.function == f"za.optimizer.{function}":
+                return za.messages.ForwardResponse(told)
+            return await bad.default_handler(request, peer)
+
+        bad.handler(za.messages.ForwardRequest)(forward)
+
+        async def make_and_read() -> None:
+            await (await there.optimizer("well", "well", "well")).state_dict()
+
+        with pytest.raises(za.ProtocolError, match=r"expected .*, got|expected an? "):
+            await make_and_read()
+
+
+@pytest.mark.parametrize("step_id", [-1, 2**64, True, b"x" * 1000, None])
+async def test_an_id_of_a_step_has_to_be_one(step_id: Any) -> None:
+    async with setting() as there, there.trainer.context() as ctx:
+        remote = there.remotes[0]
+        await remote.call("times", torch.ones(()))
+        with pytest.raises(za.ProtocolError, match="step_id: expected an id"):
+            await remote.call("za.done_reading", ctx.context_id, step_id)
+
+
 @pytest.mark.parametrize("fate", ["killed", "frozen"])
 async def test_who_falls_silent_in_a_step_is_unknown(fate: str) -> None:
     mine = torch.tensor(5.0, requires_grad=True)

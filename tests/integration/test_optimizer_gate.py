@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import zmq_autograd as za
 from tests.helpers import DEADLINE
@@ -23,6 +24,8 @@ from tests.integration.trainers import (
     slow_sgd,
     training,
 )
+from zmq_autograd.engine import local_context
+from zmq_autograd.engine.gate import Gate
 
 
 @pytest.mark.parametrize("freeing", ["backward", "leaving", "step", "loss"])
@@ -296,6 +299,65 @@ async def test_nobody_sees_the_midst_of_a_step(is_in_context: bool) -> None:
         for value in await asyncio.gather(*calls):
             assert value.eq(1).all()
         await step
+
+
+class Reader:
+    """Reads the server's parameters, as the value of an RRef of its own."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def read(self) -> Tensor:
+        return self._server.value()
+
+
+async def test_the_owner_sees_no_midst_of_a_step_by_its_own_rrefs_either() -> None:
+    async with (
+        training("reader", "stepper") as (server, (_, stepper)),
+        in_the_midst_of_a_step(server, stepper) as (step, held),
+    ):
+        server.worker.register(Reader, expose=("read",))
+        server.worker.register(nn.Sequential, expose="module")
+        own = [
+            asyncio.create_task(server.worker.rref(Reader(server)).call("read")),
+            asyncio.create_task(server.worker.rref(server.net).call("state_dict")),
+        ]
+        assert await are_held(server.worker, *own)
+        held.gate.set()
+        value, state = await asyncio.gather(*own)
+        assert value.eq(1).all()
+        assert all(parameter.eq(1).all() for parameter in state.values())
+        await step
+
+
+async def test_who_takes_states_lets_a_step_come_to_its_turn() -> None:
+    gate = Gate("server", [])
+    leaf = torch.ones(1, requires_grad=True)
+    order: list[str] = []
+
+    async def take_state(name: str, may_end: asyncio.Event) -> None:
+        async with gate.without_steps():
+            order.append(name)
+            await may_end.wait()
+
+    async with za.Worker("server") as worker, worker.context() as ctx:
+        first_may_end, done = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(take_state("first", first_may_end))
+        await until(lambda: order)
+
+        async def step() -> None:
+            async with gate.step(local_context(ctx), frozenset([leaf]), None):
+                order.append("step")
+
+        stepping = asyncio.create_task(step())
+        await until(lambda: gate._waiting)
+        done.set()
+        second = asyncio.create_task(take_state("second", done))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        first_may_end.set()
+        await asyncio.gather(first, stepping, second)
+    assert order == ["first", "step", "second"]
 
 
 async def test_a_step_that_is_cancelled_while_it_runs_ends_first() -> None:

@@ -143,6 +143,17 @@ async def test_an_rref_that_comes_home_from_one_who_lost_it_is_refused_alone() -
         await gone(fleet)
 
 
+async def test_another_workers_own_rref_is_not_called_in_a_context(pair: Pair) -> None:
+    """Two workers may live in one process, where nothing keeps their objects apart."""
+    offer_counter(pair.bob)
+    rref = pair.bob.rref(Counter())
+    async with pair.alice.context():
+        with pytest.raises(za.ContextError, match="is not of worker 'bob'"):
+            await rref.call("add", 1)
+    async with pair.bob.context():
+        assert await rref.call("add", 1) == 1
+
+
 async def test_one_fork_cannot_be_two_objects() -> None:
     """Letting go of either would leave the other one with nothing."""
     async with running("alice", "bob") as fleet:

@@ -85,7 +85,7 @@ class OwnedOptimizer:
                 )
         if len(set(self.parameters)) != len(self.parameters):
             raise ConfigurationError("a parameter is given more than once")
-        # Here and in `load`, for the state outlives the mode of whoever asks.
+        # As where state is read or loaded: it outlives the mode of whoever asks.
         with torch.inference_mode(mode=False):
             self._optimizer = kind([dict(group) for group in groups], *args, **kwargs)
         self._is_torchs = kind in TORCH_OPTIMIZERS.values()
@@ -136,7 +136,7 @@ class OwnedOptimizer:
         Torch's fused kernels go through the memory of parameters and state alike, and check neither
         shapes nor strides; both may be a peer's.
         """
-        for group in self._optimizer.param_groups if self._is_torchs else ():
+        for group in self._optimizer.param_groups:
             for parameter in group["params"] if group.get("fused") else ():
                 for key, value in self._optimizer.state.get(parameter, {}).items():
                     if key != "step" and not _is_laid_out(value, parameter):
@@ -171,7 +171,7 @@ class OwnedOptimizer:
 
     def state(self) -> dict[Any, Any]:
         """Return a copy of the state, by number of the parameter here."""
-        with self._lock:
+        with self._lock, torch.inference_mode(mode=False):
             state: dict[Any, Any] = self._optimizer.state_dict()["state"]
             return {key: copied(value) for key, value in state.items()}
 

@@ -8,7 +8,7 @@ wait for each other in a ring.  Owns which calls run in which context, and which
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -72,7 +72,7 @@ class Gate:
         at most a second, since what the step waits for may wait for just that call.
         """
         if self._stepping is not None or self._waiting:
-            await self._admitted(context)
+            await self._held_back(lambda: bool(self._waiting) and not self._reads(context))
         running = Running(context)
         self._running.add(running)
         try:
@@ -85,10 +85,10 @@ class Gate:
     async def without_steps(self) -> AsyncIterator[None]:
         """Have no step run during the block, which takes or sets the state of parameters at once.
 
-        It does not wait for contexts, and nothing in it may wait for a step.
+        It does not wait for contexts, and nothing in it may wait for a step.  Steps that wait for
+        other such blocks alone come first, for at most a second.
         """
-        while self._stepping is not None:
-            await self._opened.wait()
+        await self._held_back(self._is_one_due)
         self._pauses += 1
         try:
             yield
@@ -106,10 +106,15 @@ class Gate:
             await self._opened.wait()
         yield
 
-    async def _admitted(self, context: LocalContext) -> None:
+    def _is_one_due(self) -> bool:
+        """Tell whether a step waits that no context holds up."""
+        return any(next(self._readers(step), None) is None for step in self._waiting)
+
+    async def _held_back(self, is_held: Callable[[], bool]) -> None:
+        """Wait while `is_held`, but not for long; then for the step that runs."""
         loop = asyncio.get_running_loop()
         until = loop.time() + HELD_SECONDS
-        while self._waiting and not self._reads(context) and loop.time() < until:
+        while is_held() and loop.time() < until:
             try:
                 async with asyncio.timeout_at(until):
                     await self._opened.wait()
@@ -213,7 +218,7 @@ class Gate:
         named = ", ".join(f"context {does} (worker {name!r})" for name, does in readers)
         return DeadlineExceeded(
             f"the step on worker {self._worker!r} was not applied: its turn did not come within "
-            f"{seconds:g} s: {named or 'another step was running'}",
+            f"{seconds:g} s: {named or 'a step or what takes a state was running'}",
             workers=[self._worker, *dict(readers)],
         )
 

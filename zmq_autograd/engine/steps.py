@@ -10,10 +10,13 @@ from typing import Final, TypeVar
 
 from torch import Tensor
 
+from zmq_autograd import ids
 from zmq_autograd.autograd.owned_optimizer import Gradients, Group, Outcome, OwnedOptimizer
 from zmq_autograd.engine.contexts import Contexts
 from zmq_autograd.engine.host import Peer, tell
 from zmq_autograd.engine.local_context import LocalContext
+from zmq_autograd.errors import ProtocolError
+from zmq_autograd.wire.limits import short
 from zmq_autograd.wire.messages import ForwardRequest
 
 T = TypeVar("T")
@@ -39,7 +42,12 @@ async def done_reading(
         context: this worker's view of it.
         step_id: the step that it asks for: it is told from worker to worker, and to each once.
         told: who knows it already.
+
+    Raises:
+        ProtocolError: `step_id` cannot be one.
     """
+    if type(step_id) is not int or not 0 <= step_id <= ids.MAX_ID:
+        raise ProtocolError(f"step_id: expected an id, got {short(step_id)}")
     peers: list[Peer] = []
     if step_id not in context.steps:
         context.steps.add(step_id)

@@ -6,7 +6,8 @@ Knows how a call joins the context that it is made in, and how it shows in a pro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -24,7 +25,7 @@ from zmq_autograd.errors import (
     ZmqAutogradError,
 )
 from zmq_autograd.node.codecs import Codecs
-from zmq_autograd.node.current import current_modes, shortened
+from zmq_autograd.node.current import Call, current_call, current_modes, shortened
 from zmq_autograd.node.registry import RESERVED_PREFIX
 from zmq_autograd.node.torch_profiles import recorder_here
 from zmq_autograd.session import checked_timeout
@@ -98,13 +99,7 @@ class Caller:
 
     def check_context(self, context: LocalContext) -> None:
         """Raise ContextError if `context` is another worker's than the one that calls."""
-        if context.table is not self._home.contexts:
-            raise ContextError(
-                f"{context} is not of the worker that is connected to {self._peer.name!r}: a "
-                "context belongs to one worker",
-                context_id=context.context_id,
-                worker=self._peer.name,
-            )
+        _check_home(context, self._home, self._peer.name)
 
     async def _result(
         self, scope: Scope | None, message: Message, sent: Iterable[Tensor], timeout: float | None
@@ -189,10 +184,14 @@ async def call_owned(
         DeadlineExceeded: it did not return in time.
     """
     _check_name(method)
+    scope = current_scope.get()
+    if scope is not None:
+        _check_home(scope.context, node, node.name)
     entry = node.registry.method(node.rrefs.owned(rref_id), method, None)
     try:
         async with asyncio.timeout(shortened(checked_timeout(timeout))) as until:
-            result = await entry.call(args, dict(kwargs), node.pool)
+            with _calling(node):
+                result = await entry.call(args, dict(kwargs), node.pool)
     except TimeoutError:
         if not until.expired():  # it is what the method raised
             raise
@@ -203,11 +202,36 @@ async def call_owned(
     return node.keep(result) if keep else result
 
 
+@contextmanager
+def _calling(node: Node) -> Iterator[None]:
+    """Have what runs in a block know that it runs on `node`, unless it serves a call there."""
+    call = current_call.get()
+    if call is not None and call.node is node:
+        yield
+        return
+    deadline = None if call is None else call.deadline
+    token = current_call.set(Call(node.worker, None, node, deadline, current_modes()))
+    try:
+        yield
+    finally:
+        current_call.reset(token)
+
+
 def has_not_left(error: Exception) -> bool:
     """Tell whether a request that ended with `error` was refused on this side, before it left."""
     if isinstance(error, ResourceExhausted):
         return not error.path
     return isinstance(error, (SerializationError, ConfigurationError))
+
+
+def _check_home(context: LocalContext, home: Home, name: str) -> None:
+    if context.table is not home.contexts:
+        raise ContextError(
+            f"{context} is not of worker {home.name!r}, which calls {name!r}: a context belongs to "
+            "one worker",
+            context_id=context.context_id,
+            worker=name,
+        )
 
 
 def _check_name(function: str) -> None:

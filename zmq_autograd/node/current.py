@@ -31,11 +31,11 @@ Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
 @dataclass(slots=True)
 class Call:
-    """A request that is being handled.
+    """A request that is being handled, or a call by this worker of what RRefs refer to here.
 
     Attributes:
         worker: the worker that handles it, as its user holds it.
-        peer: the worker that sent it, likewise.
+        peer: the worker that sent it, likewise; None where it is this worker's own.
         node: the inside of that worker.
         deadline: on the event loop's clock, when nobody waits for it any more; None for never.
         modes: torch's modes at the caller.
@@ -60,7 +60,7 @@ def served_call() -> Call:
         RuntimeError: there is none: it was called on this worker itself.
     """
     call = current_call.get()
-    if call is None:
+    if call is None or call.peer is None:
         raise RuntimeError("expected to be called by another worker")
     return call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -194,7 +195,7 @@ class RemotePart:
             page = rrefs[first : first + RREFS_A_PAGE]
             gathered = await owner.call(PREFIX + "gather", page, gathered, timeout=recipe.timeout)
         try:
-            rref, *made = await owner.call(
+            made = await owner.call(
                 PREFIX + "create",
                 recipe.name,
                 gathered,
@@ -212,8 +213,16 @@ class RemotePart:
                 worker=error.worker or owner.name,
                 path=error.path,
             ) from error
-        defaults, hyperparameters = made
-        return cls(owner, rref, numbers, (defaults, hyperparameters))
+        match made:
+            case [RRef() as rref, dict() as defaults, [*groups]] if len(groups) == len(
+                recipe.groups
+            ) and all(map(_are_hyperparameters, groups)):
+                return cls(owner, rref, numbers, (defaults, groups))
+        raise ProtocolError(
+            f"create: expected an RRef, and hyperparameters of {len(recipe.groups)} groups, got "
+            f"{reprlib.repr(made)}",
+            worker=owner.name,
+        )
 
     async def step(
         self, context: LocalContext, step_id: int, groups: list[Group], seconds: float | None
@@ -245,7 +254,14 @@ class RemotePart:
         await self._ask_about(context, "clip", timeout, coefficient)
 
     async def read_state(self, timeout: float | None) -> dict[Any, Any]:
-        return state_from(await read_all(self._method(timeout), "read_state"))
+        state = state_from(await read_all(self._method(timeout), "read_state"))
+        for key in state:
+            if isinstance(key, int) and key not in range(len(self.numbers)):
+                raise ProtocolError(
+                    f"state_dict: expected a parameter below {len(self.numbers)}, got {key}",
+                    worker=self.owner.name,
+                )
+        return state
 
     async def load_state(
         self, state: Mapping[Any, Any], groups: list[Group], timeout: float | None
@@ -279,6 +295,11 @@ def _may_have_begun(error: Exception) -> bool:
     return not has_not_left(error)
 
 
+def _are_hyperparameters(group: object) -> bool:
+    """Tell whether `group` may be hyperparameters: which parameters there are is for this side."""
+    return isinstance(group, dict) and group.keys().isdisjoint(("params", "param_names"))
+
+
 def _outcome(reply: Any, owner: str) -> Outcome:
     """Return what `owner` told of a step.
 
@@ -289,10 +310,8 @@ def _outcome(reply: Any, owner: str) -> Outcome:
         status, error, changed = reply
         if status not in ("applied", "not applied", "unknown"):
             raise ValueError(f"unknown status {status!r}")
-        if not isinstance(changed, list) or not all(isinstance(of, dict) for of in changed):
+        if not isinstance(changed, list) or not all(map(_are_hyperparameters, changed)):
             raise TypeError("expected a list of dicts of hyperparameters")
-        if any(name in of for of in changed for name in ("params", "param_names")):
-            raise ValueError("these are not its own to change")
         if (status == "applied") != (error is None):
             raise ValueError(f"{status} with error {error!r:.200}")
         cause = None if error is None else exception_from(ErrorResponse(**error), owner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch._C._distributed_c10d import HashStore
 
 from tests.helpers import DEADLINE
 from zmq_autograd.compat.rpc.gathering import Gatherings
-from zmq_autograd.compat.rpc.joining import Group
+from zmq_autograd.compat.rpc.joining import Group, _free_name
 from zmq_autograd.compat.rpc.worker_info import WorkerInfo
 
 ALICE, BOB, CAROL = WorkerInfo("alice", 0), WorkerInfo("bob", 1), WorkerInfo("carol", 2)
@@ -125,6 +126,46 @@ def test_a_name_that_changes_hands_is_never_seen_twice() -> None:
     group.refresh()
     group.refresh()
     assert group.endpoint(BOB) == "tcp://127.0.0.1:3"
+
+
+def test_one_that_has_not_said_yet_who_it_is_does_not_spoil_the_next_look() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.01))
+    Group(store, None).join(ALICE, "tcp://127.0.0.1:1")
+    group = Group(store, None)
+    number = store.add("count", 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Wait timeout"):
+            group.refresh()
+    store.set(f"member/{number}", '["bob", 1, "tcp://127.0.0.1:2"]')
+    assert group.infos() == [ALICE, BOB]
+
+
+def test_a_namesake_that_will_be_refused_is_nobody_elses_business() -> None:
+    store = HashStore()
+    Group(store, None).join(BOB, "tcp://127.0.0.1:1")
+    number = store.add("count", 1)
+    store.set(f"member/{number}", '["bob", 5, "tcp://127.0.0.1:2"]')  # it has not looked yet
+    group = Group(store, None)
+    assert group.infos() == [BOB]
+    store.set(f"left/{number}", "1")
+    assert group.infos() == [BOB]
+
+
+def test_a_namesake_may_leave_while_it_is_looked_for() -> None:
+    store = HashStore()
+    Group(store, None).join(BOB, "tcp://127.0.0.1:1")
+    group = Group(store, None)
+
+    def reach(of: Any, info: WorkerInfo) -> None:
+        group.drop(info)
+        group.refresh()
+        group.endpoint(info)
+
+    agent: Any = SimpleNamespace(group=group, me=BOB, reach=None, portal=SimpleNamespace(run=reach))
+    _free_name(agent)
+    group.join(BOB, "tcp://127.0.0.1:2")
+    assert group.endpoint(BOB) == "tcp://127.0.0.1:2"
 
 
 def test_gatherings_of_other_workers_have_other_ids() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
@@ -114,13 +113,18 @@ class Group:
         self._store.set(f"member/{self._number}", member.encode())
         try:
             self.refresh()
+            self._check_unique(me)
         except BaseException:  # who did not get in must not keep others from learning who did
             self.leave()
             raise
 
     def _await_all(self, world_size: int) -> None:
         try:
-            self._learn(range(world_size))
+            for rank in range(world_size):
+                member = self._member(rank)
+                other = self._members.setdefault(member.info.name, member)
+                if other is not member:
+                    raise _not_unique(other.info, member.info)
         except DistStoreError as error:
             ranks = [rank for rank in range(world_size) if not self._has_come(rank)]
             raise RuntimeError(
@@ -173,19 +177,14 @@ class Group:
             return self._members.get(who)
         return next((m for m in list(self._members.values()) if m.info.id == who), None)
 
-    def _learn(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            member = _Member.decode(self._store.get(f"member/{number}"), number)
-            self._check_unique(member.info)
-            self._members[member.info.name] = member
+    def _member(self, number: int) -> _Member:
+        return _Member.decode(self._store.get(f"member/{number}"), number)
 
     def _check_unique(self, info: WorkerInfo) -> None:
+        """Raise RuntimeError if another member than number `self._number` has that name."""
         other = self._members.get(info.name)
-        if other is not None:
-            raise RuntimeError(
-                f"RPC worker name {info.name} is not unique. Workers {other.info.id} and {info.id} "
-                "share the same name."
-            )
+        if other is not None and other.number != self._number:
+            raise _not_unique(other.info, info)
 
     def refresh(self) -> None:
         """Learn who has come to a dynamic group, and who has left."""
@@ -195,15 +194,25 @@ class Group:
             for name, member in list(self._members.items()):
                 if self._has_left(member.number):
                     del self._members[name]
-            numbers = range(self._seen + 1, count + 1)
-            self._learn([number for number in numbers if not self._has_left(number)])
-            self._seen = count
+            for number in range(self._seen + 1, count + 1):
+                if not self._has_left(number):
+                    member = self._member(number)
+                    # Of two of one name the later one will find that it may not stay.
+                    self._members.setdefault(member.info.name, member)
+                self._seen = number
 
     def _has_come(self, number: int) -> bool:
         return self._store.check([f"member/{number}"])
 
     def _has_left(self, number: int) -> bool:
         return self._store.check([f"left/{number}"])
+
+
+def _not_unique(one: WorkerInfo, other: WorkerInfo) -> RuntimeError:
+    return RuntimeError(
+        f"RPC worker name {one.name} is not unique. Workers {one.id} and {other.id} share the same "
+        "name."
+    )
 
 
 def join(store: Any, name: str, rank: int, world_size: int | None, options: Any) -> Agent:
@@ -252,6 +261,8 @@ def _free_name(agent: Agent) -> None:
         agent.portal.run(agent.reach, namesake)
     except ZmqAutogradError:
         agent.group.drop(namesake)
+    except RuntimeError:
+        return  # it has left meanwhile
 
 
 def endpoint_for(options: TensorPipeRpcBackendOptions) -> str:
