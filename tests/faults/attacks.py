@@ -256,7 +256,7 @@ def requests_cancelled_in_threads(endpoint: str, rng: random.Random, stack: Exit
     with WirePeer(endpoint) as peer:
         peer.shake_hands()
         for _ in range(6):
-            wanted = [peer.request(m.ForwardRequest("finish", [1.5])) for _ in range(250)]
+            wanted = [peer.request(m.ForwardRequest("hold")) for _ in range(250)]
             # Answered when the others have been started: their threads run from here on.
             assert isinstance(peer.reply_to(peer.request(m.Status())), m.StatusResponse)
             for request_id in wanted:
@@ -264,6 +264,7 @@ def requests_cancelled_in_threads(endpoint: str, rng: random.Random, stack: Exit
         refused = peer.reply_to(peer.request(m.ForwardRequest("finish", [0.0])))
         assert isinstance(refused, m.ErrorResponse)
         assert refused.code == "resource_exhausted"
+        peer.request(m.ForwardRequest("let_go"))
         # Until the threads have done what nobody awaits.
         while isinstance(refused, m.ErrorResponse):
             refused = peer.reply_to(peer.request(m.ForwardRequest("finish", [0.0])))

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import gc
 import sys
+import threading
 import time
 from typing import Any
 
@@ -23,6 +24,9 @@ import zmq_autograd as za
 from tests.faults.vitals import Stalls, descriptors
 from zmq_autograd.wire.limits import MIB
 
+HOLD_SECONDS = 60.0
+"""Seconds for which a thread is kept at most."""
+
 
 class Victim:
     """What a victim offers, and what it has seen."""
@@ -31,6 +35,7 @@ class Victim:
         self.stalls: Stalls | None = None
         self._following = following
         self._zeros = torch.zeros(MIB, dtype=torch.uint8)
+        self._may_go = threading.Event()
         self._waiting = 0
         self._noted = 0
         self._cancelled = 0
@@ -50,6 +55,8 @@ class Victim:
             self.double,
             self.zeros,
             self.finish,
+            self.hold,
+            self.let_go,
             self.vitals,
             self.restart_measuring,
         ):
@@ -114,6 +121,16 @@ class Victim:
     async def zeros(self, count: int) -> Tensor:
         """Return `count` bytes, which takes no time."""
         return self._zeros[:count]
+
+    def hold(self) -> None:
+        """Keep a thread until it is let go."""
+        if not self._may_go.wait(HOLD_SECONDS):
+            raise TimeoutError
+
+    async def let_go(self) -> None:
+        """Let all go that are kept by now."""
+        self._may_go.set()
+        self._may_go = threading.Event()
 
     def finish(self, seconds: float) -> float:
         """Return after some seconds in a compute thread."""

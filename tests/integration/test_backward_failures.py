@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -209,6 +210,27 @@ async def test_an_error_where_a_handler_asked_for_the_pass_is_raised_as_it_is(tw
         assert not ctx.gradients()
         with pytest.raises(za.ContextError, match=r"earlier pass failed.*boom"):
             await ctx.backward(near_leaf().sum())
+
+
+async def test_gradients_of_a_pass_are_there_when_the_call_that_ran_it_failed(two: Pair) -> None:
+    x = torch.ones(2, requires_grad=True)
+
+    def slow(_: Tensor) -> None:
+        time.sleep(0.1)
+
+    x.register_post_accumulate_grad_hook(slow)  # type: ignore[no-untyped-call]
+
+    @two.bob.register
+    async def run_and_fail(y: Tensor) -> None:
+        context = za.current_context()
+        assert context is not None
+        await context.backward((2 * y).sum())
+        raise ValueError("on purpose")
+
+    async with two.alice.context() as ctx:
+        with pytest.raises(za.RemoteError, match="on purpose"):
+            await two.remote_bob.call("run_and_fail", 3 * x)
+        assert ctx.gradients()[x].tolist() == [6, 6]
 
 
 async def test_the_same_pass_may_be_repeated_if_the_graph_was_retained(chain: Fleet) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import re
+import threading
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
@@ -26,7 +27,9 @@ def fail(text: str = "it went wrong") -> None:
     raise ValueError(text)
 
 
-@pytest.mark.parametrize("function", ["plain", "coroutine", "slow", "missing", "cancelled"])
+@pytest.mark.parametrize(
+    "function", ["plain", "coroutine", "kept.method", "slow", "missing", "cancelled"]
+)
 async def test_a_call_that_fails_leaves_nothing_to_the_garbage_collector(
     pair: Pair, function: str
 ) -> None:
@@ -49,6 +52,7 @@ async def test_a_call_that_fails_leaves_nothing_to_the_garbage_collector(
     pair.bob.register(take, "plain")
     pair.bob.register(take_in_a_coroutine, "coroutine")
     pair.bob.register(take_slowly, "slow")
+    pair.bob.register(take, "kept.method", concurrency=1)
 
     async def call() -> None:
         x = torch.ones(3)
@@ -72,6 +76,29 @@ async def test_a_call_that_fails_leaves_nothing_to_the_garbage_collector(
     finally:
         gc.enable()
     assert alive
+
+
+async def test_what_is_raised_after_its_callers_timeout_is_no_news(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is there to hear it: asyncio need not complain of that."""
+    may_raise = threading.Event()
+
+    class Late:
+        def fail(self) -> None:
+            assert may_raise.wait(10)
+            raise ValueError
+
+        def answer(self) -> int:
+            return 1
+
+    pair.bob.register(Late(), "late", expose=("fail", "answer"))
+    with pytest.raises(za.DeadlineExceeded):
+        await pair.remote_bob.call("late.fail", timeout=0.05)
+    may_raise.set()
+    assert await pair.remote_bob.call("late.answer") == 1  # in its turn, after the other
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_what_is_not_registered_is_named(pair: Pair) -> None:

@@ -225,6 +225,29 @@ async def test_a_step_that_does_not_get_its_turn_has_not_been_applied() -> None:
         assert not torch.equal(server.value(), before)
 
 
+async def test_a_step_whose_context_ends_before_its_turn_is_not_applied() -> None:
+    async with (
+        training("reader", "stepper") as (server, (reader, stepper)),
+        reader.worker.context() as reading,
+    ):
+        loss = await reader.loss()
+        before = server.value()
+        ctx = stepper.worker.context()
+
+        async def train() -> None:
+            async with ctx:
+                await ctx.backward(await stepper.loss())
+                stepping.append(asyncio.create_task(stepper.optimizer.step(ctx, timeout=DEADLINE)))
+                assert await is_waiting(server.worker, stepping[0])
+
+        stepping: list[asyncio.Task[None]] = []
+        await apart(train())
+        await reading.backward(loss)
+        with pytest.raises(za.ContextError, match="it has ended"):
+            await stepping[0]
+        assert torch.equal(server.value(), before)
+
+
 async def test_a_step_that_is_cancelled_is_withdrawn() -> None:
     async with training("reader", "stepper") as (server, (reader, stepper)):
         before = server.value()

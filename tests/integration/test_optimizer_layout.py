@@ -85,6 +85,16 @@ async def test_the_gradient_of_a_leaf_with_a_hook_lies_as_the_leaf_does() -> Non
             await both.step(number)
 
 
+async def test_a_parameter_that_overlaps_itself_is_not_stepped_through() -> None:
+    overlapping = torch.zeros(1, 3).expand(100_000, 3).requires_grad_()
+    async with za.Worker("alice") as alice:
+        adam = await za.DistributedOptimizer.create(torch.optim.Adam, [overlapping], fused=True)
+        async with alice.context() as ctx:
+            await ctx.backward(overlapping.sum())
+            with pytest.raises(za.ConfigurationError, match="whose elements fill their memory"):
+                await adam.step(ctx)
+
+
 class Own(torch.optim.Adam):
     """A class of somebody's own, which torch's kernels run for all the same."""
 

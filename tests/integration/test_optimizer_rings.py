@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import zmq_autograd as za
 from tests.helpers import DEADLINE, memory_endpoint
-from tests.integration.fleets import until
+from tests.integration.fleets import running, until
 from tests.integration.trainers import (
     LR,
     Server,
@@ -195,6 +196,32 @@ async def test_trainers_of_different_parts_do_not_wait_in_a_ring(what: str) -> N
 
     async with first.worker, second.worker, asyncio.timeout(DEADLINE):
         await asyncio.gather(apart(train("a", 0)), apart(train("b", 1)))
+
+
+async def test_word_of_a_step_goes_round_a_circle_of_workers_once() -> None:
+    told: list[str] = []
+
+    def listen(worker: za.Worker) -> None:
+        async def forward(request: za.messages.ForwardRequest, peer: za.RemoteWorker) -> Any:
+            if request.function == "za.done_reading":
+                told.append(worker.name)
+            return await worker.default_handler(request, peer)
+
+        worker.handler(za.messages.ForwardRequest)(forward)
+
+    leaf = torch.ones(1, requires_grad=True)
+    sgd = await za.DistributedOptimizer.create(torch.optim.SGD, [leaf], lr=LR)
+    async with running("one", "two", "three") as fleet:
+        for worker in fleet.workers.values():
+            listen(worker)
+        async with fleet["one"].context() as ctx:
+            way = await fleet.way("one", "two")
+            assert await way.call("ask", ["three", "one"], "gradients") == []
+            await ctx.backward(leaf.sum())
+            await sgd.step(ctx)
+            # Each tells its two neighbours, but not the one that it heard of it from.
+            assert len(told) == 2 + 1 + 1
+            assert {"two", "three"} <= set(told)
 
 
 async def test_workers_that_a_trainer_has_not_met_hear_of_its_step_too() -> None:

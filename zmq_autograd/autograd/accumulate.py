@@ -114,6 +114,16 @@ def _set_grad(leaf: Tensor, grad: Tensor | None) -> None:
     leaf.grad = grad
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether the elements of a strided tensor fill its memory, in whatever order."""
+    return steps_of(torch.empty_like(tensor, device="meta")) == steps_of(tensor)
+
+
+def steps_of(tensor: Tensor) -> list[int]:
+    """Return the strides that tell where an element is: those of single elements do not."""
+    return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
     """Return a copy of a gradient with the strides that torch gives it.
 
@@ -122,7 +132,7 @@ def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
     """
     if grad.layout is not torch.strided or leaf.layout is not torch.strided:
         return grad.clone()
-    if torch.empty_like(leaf, device="meta").stride() != leaf.stride():
+    if not is_dense(leaf):
         return grad.clone(memory_format=torch.contiguous_format)
     return grad.new_empty_strided(leaf.shape, leaf.stride()).copy_(grad)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, required
 
-from zmq_autograd.autograd.accumulate import grads_swapped
+from zmq_autograd.autograd.accumulate import grads_swapped, is_dense, steps_of
 from zmq_autograd.errors import ConfigurationError
 
 TORCH_PREFIX: Final = "torch.optim."
@@ -131,13 +131,18 @@ class OwnedOptimizer:
         return Outcome("applied", changed=changed)
 
     def _check_fused(self) -> None:
-        """Raise ConfigurationError if a fused step would read or write beyond the state.
+        """Raise ConfigurationError if a fused step would read or write beyond its tensors.
 
         Torch's fused kernels go through the memory of parameters and state alike, and check neither
-        shapes nor strides; both may be a peer's.
+        shapes nor strides; state, and whether to step so, may be a peer's.
         """
         for group in self._optimizer.param_groups:
             for parameter in group["params"] if group.get("fused") else ():
+                if not is_dense(parameter):
+                    raise ConfigurationError(
+                        "a fused step needs parameters whose elements fill their memory, got "
+                        f"{_layout(parameter)}"
+                    )
                 for key, value in self._optimizer.state.get(parameter, {}).items():
                     if key != "step" and not _is_laid_out(value, parameter):
                         raise ConfigurationError(
@@ -242,13 +247,8 @@ def _is_laid_out(value: Any, parameter: Tensor) -> bool:
     return value is None or (
         isinstance(value, Tensor)
         and (value.shape, value.layout) == (parameter.shape, parameter.layout)
-        and _strides(value) == _strides(parameter)
+        and steps_of(value) == steps_of(parameter)
     )
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """Return the strides that tell where an element is: those of single elements do not."""
-    return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _layout(value: Any) -> str:

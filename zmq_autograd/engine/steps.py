@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
+import torch
 from torch import Tensor
 
 from zmq_autograd import ids
@@ -19,7 +20,8 @@ from zmq_autograd.errors import ProtocolError
 from zmq_autograd.wire.limits import short
 from zmq_autograd.wire.messages import ForwardRequest
 
-T = TypeVar("T")
+Norm = tuple[torch.dtype, float] | None
+"""The dtype of a gradient, and its norm; None where there is none."""
 
 DONE_FUNCTION: Final = "za.done_reading"
 """The name by which a worker tells another one that a context asks for a step."""
@@ -36,7 +38,8 @@ async def done_reading(
 
     Or trainers that step different parts of a model could wait for each other in a ring.  The
     others hear of it while the block runs; it ends after that, so that what is computed from then
-    on counts anew.
+    on counts anew.  (One that has not heard of it a second later may forget what is computed there
+    in between.  Nothing is silently wrong then: backward fails by torch's version check.)
 
     Args:
         context: this worker's view of it.
@@ -114,6 +117,22 @@ def gradients_of(context: LocalContext | None) -> dict[Tensor, Tensor]:
     return {} if context is None else context.gradients()
 
 
+async def norms(
+    optimizer: OwnedOptimizer, contexts: Contexts, context: LocalContext | None, norm_type: float
+) -> list[Norm]:
+    """Return for each parameter the dtype and the norm of its gradient, None where it has none.
+
+    Raises:
+        ContextError: as for `gradients_of`.
+    """
+    gradients = gradients_of(context)
+    found = await contexts.host.compute(partial(optimizer.norms, gradients, norm_type))
+    return [
+        None if norm is None else (gradients[parameter].dtype, norm.item())
+        for parameter, norm in zip(optimizer.parameters, found, strict=True)
+    ]
+
+
 async def clip(
     optimizer: OwnedOptimizer, contexts: Contexts, context: LocalContext | None, coefficient: Tensor
 ) -> None:
@@ -132,7 +151,7 @@ async def clip(
     context.record.gradients = now | scaled
 
 
-async def _finished(contexts: Contexts, compute: Callable[[], T]) -> T:
+async def _finished(contexts: Contexts, compute: Callable[[], Outcome]) -> Outcome:
     """Return what `compute` returns in a thread, and not before that has ended, come what may."""
     running = contexts.host.spawn(contexts.host.compute(compute))
     try:

@@ -187,16 +187,17 @@ async def call_owned(
     scope = current_scope.get()
     if scope is not None:
         _check_home(scope.context, node, node.name)
+    seconds = shortened(checked_timeout(timeout))
     entry = node.registry.method(node.rrefs.owned(rref_id), method, None)
     try:
-        async with asyncio.timeout(shortened(checked_timeout(timeout))) as until:
+        async with asyncio.timeout(seconds) as until:
             with _calling(node):
                 result = await entry.call(args, dict(kwargs), node.pool)
     except TimeoutError:
         if not until.expired():  # it is what the method raised
             raise
         raise DeadlineExceeded(
-            f"method {method!r} on worker {node.name!r} did not return within {timeout} s",
+            f"method {method!r} on worker {node.name!r} did not return within {seconds:g} s",
             workers=(node.name,),
         ) from None
     return node.keep(result) if keep else result

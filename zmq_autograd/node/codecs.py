@@ -70,6 +70,11 @@ class Codecs:
             raise ConfigurationError(f"there is a codec for {name!r} or its type already")
         self._by_type[kind] = self._by_name[name] = Codec(name, pack, unpack)
 
+    def discard(self, name: str) -> None:
+        """Forget the codec of that name, if there is one."""
+        codec = self._by_name.pop(name, None)
+        self._by_type = {kind: each for kind, each in self._by_type.items() if each is not codec}
+
     def codec_of(self, value: object) -> Codec | None:
         """Return the codec by which `value` travels: its type's, or that of the nearest base."""
         for kind in type(value).__mro__:

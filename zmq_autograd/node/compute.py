@@ -206,7 +206,8 @@ def _work(
     except RuntimeError:
         return  # the loop is closed: nobody is left to be told
     finally:
-        del error, future  # an error holds this frame, which must not hold it
+        # An error holds this frame, which must not hold it.  A result may be one, or have one.
+        del result, error, future
 
 
 def _run_under(modes: Modes, function: Callable[[], T]) -> T:

@@ -32,7 +32,8 @@ class Fork:
         peer: the owner, None on the owner itself and until it has been reached.
         is_claimed: the owner counts it, or was asked to in vain.
         is_let_go: nobody holds it any more.
-        is_refused: it came home from a worker that the owner counts no fork of.
+        is_refused: it is good for nothing: it came twice, or home from a worker that the owner
+            counts no fork of.
     """
 
     rref_id: int

@@ -6,8 +6,8 @@ The other side is `zmq_autograd.module`.  A name that arrives reaches nothing of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any, Final, TypeVar
 
 import torch
@@ -33,7 +33,7 @@ class ExposedModule:
     def __init__(self, module: Module) -> None:
         """Let peers use `module`."""
         self._module = module
-        self._states = States(lambda: items_of(module.state_dict()), "the module's own takes")
+        self._states = States(self._own, "the module's own takes")
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         """Return all that peers may call, by name."""
@@ -98,6 +98,11 @@ class ExposedModule:
     ) -> tuple[list[str], list[str]]:
         """Load a state at once, all pieces of it; see `load_state_dict`."""
         return await self.load_state_dict(state_of(self._states.whole(last, rref)), strict)
+
+    def _own(self) -> Iterator[Item]:
+        """Yield what the state is made of at least, without any of the module's own code."""
+        for name, tensor in chain(self._module.named_parameters(), self._module.named_buffers()):
+            yield False, name, tensor
 
     def _copied(self) -> Mapping[str, Any]:
         """Return a state dict that shares no memory with the module."""

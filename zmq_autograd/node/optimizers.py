@@ -22,7 +22,7 @@ from zmq_autograd.autograd.owned_optimizer import (
     OwnedOptimizer,
 )
 from zmq_autograd.engine import LocalContext
-from zmq_autograd.engine.steps import clip, gradients_of, step
+from zmq_autograd.engine.steps import clip, norms, step
 from zmq_autograd.errors import ConfigurationError, ProtocolError
 from zmq_autograd.node.current import served_call, served_value
 from zmq_autograd.node.states import Handed, Item, States, counted
@@ -172,10 +172,10 @@ async def _norms(
 ) -> tuple[list[str | None], list[float | None]]:
     """Return for each parameter its gradient's dtype and norm; None where there is none."""
     optimizer = _made(rref).optimizer
-    gradients = gradients_of(await _context(context_id, committed))
-    norms = await served_call().node.compute(partial(optimizer.norms, gradients, norm_type))
-    dtypes = [str(gradients[p].dtype) if p in gradients else None for p in optimizer.parameters]
-    return dtypes, [None if norm is None else norm.item() for norm in norms]
+    context = await _context(context_id, committed)
+    found = await norms(optimizer, served_call().node.contexts, context, norm_type)
+    dtypes = [None if norm is None else str(norm[0]) for norm in found]
+    return dtypes, [None if norm is None else norm[1] for norm in found]
 
 
 async def _clip(rref: Any, context_id: int, committed: int, coefficient: Tensor) -> None:

@@ -85,7 +85,15 @@ class Entry:
             if running is None or running.done():
                 turns.release()
             else:
-                running.add_done_callback(lambda _: turns.release())
+                running.add_done_callback(functools.partial(_end_turn, turns))
+            del running  # an error that it ended with holds this frame, which must not hold it
+
+
+def _end_turn(turns: asyncio.Semaphore, running: asyncio.Future[Any]) -> None:
+    """Let the next one have its turn, after a call that nobody awaited to its end."""
+    turns.release()
+    if not running.cancelled():
+        running.exception()  # heard: its caller was told another one, of its timeout say
 
 
 class Turns:

@@ -15,12 +15,18 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from zmq_autograd import ids
 from zmq_autograd.autograd.owned_optimizer import Group, Outcome
 from zmq_autograd.engine import Context, LocalContext, local_context
-from zmq_autograd.engine.steps import done_reading
+from zmq_autograd.engine.steps import Norm, done_reading
 from zmq_autograd.errors import ConfigurationError, PartialStepError
 from zmq_autograd.node import compute
 from zmq_autograd.node.current import shortened
-from zmq_autograd.optimizer.groups import groups_of, homes_of, loaded_state, place
-from zmq_autograd.optimizer.parts import LocalPart, Norm, Part, Recipe, RemotePart
+from zmq_autograd.optimizer.groups import (
+    groups_of,
+    homes_of,
+    hyperparameters_of,
+    loaded_state,
+    place,
+)
+from zmq_autograd.optimizer.parts import LocalPart, Part, Recipe, RemotePart
 from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker, caller_of
 from zmq_autograd.session import checked_timeout
 
@@ -28,9 +34,6 @@ STEP_TIMEOUT: Final = 60.0
 """Seconds that a step waits for its turn unless told otherwise."""
 
 T = TypeVar("T")
-
-_OF_THIS_SIDE: Final = ("params", "param_names")
-"""What of a param group is no hyperparameter."""
 
 
 class DistributedOptimizer(Optimizer):
@@ -84,7 +87,7 @@ class DistributedOptimizer(Optimizer):
         """
         _check_class(optimizer_class)
         groups = groups_of(params)
-        own = [{k: v for k, v in g.items() if k not in _OF_THIS_SIDE} for g in groups]
+        own = list(map(hyperparameters_of, groups))
         recipe = Recipe(optimizer_class, own, args, kwargs, checked_timeout(timeout))
         parts = await _parts_of(recipe, groups)
         for group, found in zip(groups, parts[0].hyperparameters, strict=True):
@@ -133,7 +136,7 @@ class DistributedOptimizer(Optimizer):
         seconds = shortened(checked_timeout(timeout))
         for before in self._optimizer_step_pre_hooks.values():
             before(self, (context,), {})
-        groups = self._hyperparameters()
+        groups = list(map(hyperparameters_of, self.param_groups))
         step_id = ids.random_id()
         told = [part.owner for part in self._parts if part.owner is not None]
         async with done_reading(local, step_id, told):
@@ -160,12 +163,6 @@ class DistributedOptimizer(Optimizer):
             if home is not local.table:
                 raise local.error(f"the optimizer has parameters of worker {home.host.name!r}")
         return local
-
-    def _hyperparameters(self) -> list[Group]:
-        return [
-            {k: v for k, v in group.items() if k not in _OF_THIS_SIDE}
-            for group in self.param_groups
-        ]
 
     def _check_applied(self, context: LocalContext, outcomes: list[Outcome]) -> None:
         names: dict[str, list[str]] = {"applied": [], "not applied": [], "unknown": []}
@@ -318,9 +315,7 @@ class DistributedOptimizer(Optimizer):
             group["params"] = mine["params"]
             if "param_names" in mine:
                 group.setdefault("param_names", mine["param_names"])
-        hyperparameters = [
-            {k: v for k, v in group.items() if k not in _OF_THIS_SIDE} for group in groups
-        ]
+        hyperparameters = list(map(hyperparameters_of, groups))
         await _all(
             part.load_state(_state_of(part, state, saved), hyperparameters, timeout)
             for part in self._parts

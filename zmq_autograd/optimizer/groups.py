@@ -105,6 +105,11 @@ def place(parameter: Parameter) -> tuple[RemoteWorker | None, Any]:
     return (None, rref.local_value()) if rref.is_owner else (rref.owner, rref)
 
 
+def hyperparameters_of(group: Group) -> Group:
+    """Return what of a param group is for its owners, too: not which parameters it has."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
 def homes_of(groups: list[Group]) -> set[Contexts]:
     """Return the contexts of the workers of this process that parameters were said to be on."""
     given = (parameter for group in groups for parameter in group["params"])

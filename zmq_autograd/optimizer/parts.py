@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +18,7 @@ from zmq_autograd.autograd.owned_optimizer import (
     OwnedOptimizer,
 )
 from zmq_autograd.engine import LocalContext
-from zmq_autograd.engine.steps import clip, gradients_of, step
+from zmq_autograd.engine.steps import Norm, clip, norms, step
 from zmq_autograd.errors import (
     NotRegistered,
     ProtocolError,
@@ -41,8 +40,6 @@ REPLY_SECONDS: Final = 2.0
 RREFS_A_PAGE: Final = 200
 """How many RRefs go into one message: a few hundred bytes of its header each."""
 
-Norm = tuple[torch.dtype, float] | None
-"""Of a gradient its dtype and norm; None where there is no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +137,7 @@ class LocalPart:
     async def norms(
         self, context: LocalContext, norm_type: float, timeout: float | None
     ) -> list[Norm]:
-        gradients = gradients_of(context)
-        norms = await compute(self._optimizer.norms, gradients, norm_type)
-        return [
-            None if norm is None else (gradients[parameter].dtype, norm.item())
-            for parameter, norm in zip(self._optimizer.parameters, norms, strict=True)
-        ]
+        return await norms(self._optimizer, context.table, context, norm_type)
 
     async def clip(self, context: LocalContext, coefficient: Tensor, timeout: float | None) -> None:
         await clip(self._optimizer, context.table, context, coefficient)

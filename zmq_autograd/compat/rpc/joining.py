@@ -99,6 +99,8 @@ class Group:
     def join(self, me: WorkerInfo, endpoint: str) -> None:
         """Take part; of a static group it returns when all do.
 
+        Whoever it raises to has to `leave`, or would keep others from learning who came.
+
         Raises:
             RuntimeError: another worker has that name, or the others did not come in time.
         """
@@ -111,12 +113,8 @@ class Group:
         self._number = self._store.add(_COUNT, 1)
         member = _Member(me, endpoint, self._number)
         self._store.set(f"member/{self._number}", member.encode())
-        try:
-            self.refresh()
-            self._check_unique(me)
-        except BaseException:  # who did not get in must not keep others from learning who did
-            self.leave()
-            raise
+        self.refresh()
+        self._check_unique(me)
 
     def _await_all(self, world_size: int) -> None:
         try:
@@ -244,11 +242,12 @@ def join(store: Any, name: str, rank: int, world_size: int | None, options: Any)
         if not group.is_static:
             _free_name(agent)
         group.join(me, worker.endpoints[0])
+        agent.joined()
     except BaseException:
         state.set_agent(None)
+        group.leave()
         portal.run(worker.close)
         raise
-    agent.joined()
     return agent
 
 

@@ -113,6 +113,8 @@ class Values:
     ) -> None:
         """Let objects of a type, and of its subclasses, travel; both sides register it.
 
+        One that has a codec gets another: a notebook's cell may be run again.
+
         Args:
             kind: a class with a name of its own, ``module:qualified.name``.
             pack: makes of an object what can travel, or returns the object if it can.  Tensors in
@@ -121,8 +123,9 @@ class Values:
 
         Raises:
             CannotTravel: the class is local to a function.
-            ConfigurationError: it has a codec already.
+            ConfigurationError: `kind` is no type of the program's, or a function is none.
         """
+        self._codecs.discard(self._names.name_of(kind))
         self._codecs.add(kind, self._names.name_of(kind), pack, unpack)
 
     def pack(self, value: Any) -> Packed:
