@@ -41,7 +41,6 @@ RREFS_A_PAGE: Final = 200
 """How many RRefs go into one message: a few hundred bytes of its header each."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What an optimizer is made of.
