@@ -34,6 +34,9 @@ STEPS_PER_SAMPLE: Final = 100
 
 STEPS_PER_KILL: Final = 1_000
 
+MOST_KILLS: Final = 10
+"""How often carol is killed until a step fails by that: one between two calls strikes nothing."""
+
 MOST_BYTES_A_STEP: Final = KIB
 
 SECONDS_PER_CALL: Final = 300.0
@@ -148,10 +151,16 @@ async def test_hundreds_of_steps_leave_nothing(tmp_path: Path) -> None:
         say(f"{FEW_STEPS} steps in {time.monotonic() - started:.1f} s, failures: {failures}")
         assert failures == expected_failures(FEW_STEPS)
         await all_three.check_left(HOLDING, OWNING)
-        failures = await all_three.steps_with_a_loss(FEW_STEPS, FAILURE_PERIOD)
-        assert failures["lost"] > 0
-        check_failures(failures, FAILURE_PERIOD)
-        await all_three.check_left(HOLDING, OWNING)
+        for kill in range(MOST_KILLS):
+            start = FEW_STEPS + kill * FAILURE_PERIOD
+            failures = await all_three.steps_with_a_loss(start, FAILURE_PERIOD)
+            has_struck = failures["lost"] > 0
+            check_failures(failures, FAILURE_PERIOD)
+            await all_three.check_left(HOLDING, OWNING)
+            if has_struck:
+                break
+        else:
+            pytest.fail(f"none of {MOST_KILLS} kills struck a step")
         await (await all_three.remote("trainer")).call("let_go")
         await all_three.check_left(NOTHING, NOTHING)
 
@@ -172,7 +181,7 @@ async def test_ten_thousand_steps_take_no_more_memory(tmp_path: Path) -> None:
         await (await all_three.remote("trainer")).call("let_go")
         await all_three.check_left(NOTHING, NOTHING)
     say(f"{MANY_STEPS} steps in {time.monotonic() - started:.0f} s, failures: {failures}")
-    assert failures["lost"] >= MANY_STEPS // STEPS_PER_KILL
+    assert failures["lost"] >= MANY_STEPS // STEPS_PER_KILL // 2  # see MOST_KILLS
     check_failures(failures, MANY_STEPS)
     measured = samples[-MEASURED_STEPS // STEPS_PER_SAMPLE :]
     steps_made = [STEPS_PER_SAMPLE * index for index in range(len(measured))]
