@@ -26,9 +26,6 @@ class RRef(Held):
     Got from `RemoteWorker.remote`, `Worker.rref`, or from whoever passed it on: RRefs travel in
     arguments and results.  The owner keeps the value until the last one that refers to it, on any
     worker, has been collected, or its worker is lost.
-
-    Attributes:
-        rref_id: the value, the same for all that refer to it.
     """
 
     __slots__ = ("_node",)
