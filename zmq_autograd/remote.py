@@ -6,6 +6,7 @@ Knows the node by two narrow protocols, `Requests` and `Home`; never the worker 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from torch import Tensor
@@ -123,12 +124,7 @@ class RemoteWorker:
             function: its name, as for `call`.
             timeout: seconds for each call, as for `call`.
         """
-
-        async def remote_function(*args: Any, **kwargs: Any) -> Any:
-            return await self._caller.call(function, args, kwargs, timeout)
-
-        remote_function.__name__ = remote_function.__qualname__ = function
-        return remote_function
+        return named(function, partial(self._caller.call, function, timeout=timeout))
 
     async def remote(
         self, function: str, /, *args: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any
@@ -208,6 +204,18 @@ class RemoteWorker:
     def context(self) -> Context:
         """Return a new context of this side's worker; see `Worker.context`."""
         return self._home.contexts.new().user
+
+
+def named(
+    name: str, call: Callable[[tuple[Any, ...], dict[str, Any]], Awaitable[Any]]
+) -> Callable[..., Awaitable[Any]]:
+    """Return a coroutine function of that name, which has `call` take all its arguments."""
+
+    async def remote_function(*args: Any, **kwargs: Any) -> Any:
+        return await call(args, kwargs)
+
+    remote_function.__name__ = remote_function.__qualname__ = name
+    return remote_function
 
 
 def caller_of(remote: RemoteWorker) -> Caller:

@@ -6,13 +6,14 @@ Who counts which holder is `zmq_autograd.node.rrefs`'; here is what one can do w
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from zmq_autograd.autograd.anomaly import check_nan
 from zmq_autograd.engine import BACKWARD_TIMEOUT, Context, Contexts, local_context
 from zmq_autograd.errors import ConfigurationError
 from zmq_autograd.node import Fork, Held, call_owned
-from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker, caller_of
+from zmq_autograd.remote import DEFAULT_TIMEOUT, RemoteWorker, caller_of, named
 from zmq_autograd.session import checked_timeout
 from zmq_autograd.wire.messages import RRefBackwardRequest, RRefBackwardResponse
 
@@ -118,12 +119,7 @@ class RRef(Held):
             method: its name.
             timeout: seconds for each call, as for `call`.
         """
-
-        async def remote_method(*args: Any, **kwargs: Any) -> Any:
-            return await self._at_owner(method, args, kwargs, timeout)
-
-        remote_method.__name__ = remote_method.__qualname__ = method
-        return remote_method
+        return named(method, partial(self._at_owner, method, timeout=timeout))
 
     async def run_backward(
         self,

@@ -101,7 +101,7 @@ def place(parameter: Parameter) -> tuple[RemoteWorker | None, Any]:
     """Return a parameter's owner, None for this worker, and the tensor, or the RRef to it."""
     if isinstance(parameter, Tensor):
         return None, parameter
-    rref = parameter.rref if isinstance(parameter, RemoteParameter) else parameter
+    rref = _rref_of(parameter)
     return (None, rref.local_value()) if rref.is_owner else (rref.owner, rref)
 
 
@@ -113,8 +113,12 @@ def hyperparameters_of(group: Group) -> Group:
 def homes_of(groups: list[Group]) -> set[Contexts]:
     """Return the contexts of the workers of this process that parameters were said to be on."""
     given = (parameter for group in groups for parameter in group["params"])
-    rrefs = (p.rref if isinstance(p, RemoteParameter) else p for p in given)
-    return {home_of(rref) for rref in rrefs if isinstance(rref, RRef) and rref.is_owner}
+    rrefs = (_rref_of(parameter) for parameter in given if not isinstance(parameter, Tensor))
+    return {home_of(rref) for rref in rrefs if rref.is_owner}
+
+
+def _rref_of(parameter: RRef | RemoteParameter) -> RRef:
+    return parameter.rref if isinstance(parameter, RemoteParameter) else parameter
 
 
 def _kind(value: Any) -> str:

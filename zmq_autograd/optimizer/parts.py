@@ -28,6 +28,7 @@ from zmq_autograd.errors import (
 from zmq_autograd.node import compute, has_not_left
 from zmq_autograd.node.optimizers import PREFIX, state_from, state_items
 from zmq_autograd.node.states import Method, load_all, read_all
+from zmq_autograd.optimizer.groups import hyperparameters_of
 from zmq_autograd.remote import RemoteWorker
 from zmq_autograd.rref import RRef
 from zmq_autograd.session import exception_from
@@ -288,7 +289,7 @@ def _may_have_begun(error: Exception) -> bool:
 
 def _are_hyperparameters(group: object) -> bool:
     """Tell whether `group` may be hyperparameters: which parameters there are is for this side."""
-    return isinstance(group, dict) and group.keys().isdisjoint(("params", "param_names"))
+    return isinstance(group, dict) and group.keys() == hyperparameters_of(group).keys()
 
 
 def _outcome(reply: Any, owner: str) -> Outcome:
