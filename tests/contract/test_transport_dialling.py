@@ -35,13 +35,20 @@ async def test_dialling_waits_for_a_listener(endpoint: str, tmp_path: Path) -> N
         await late.close()
 
 
-async def test_dialling_nobody_raises_in_time(endpoint: str) -> None:
+async def left(endpoint: str) -> str:
+    """Return an endpoint on which somebody has listened."""
     transport = Transports()
     try:
         listener = await transport.listen(endpoint, lambda link: Recorder())
-        known = listener.endpoint
+        return listener.endpoint
+    finally:
         await transport.close()
-        transport = Transports()
+
+
+async def test_dialling_nobody_raises_in_time(endpoint: str) -> None:
+    known = await left(endpoint)
+    transport = Transports()
+    try:
         with pytest.raises(WorkerLost, match=r"refused, tried for 0.3 s") as caught:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 await transport.dial(known, Recorder(), timeout=0.3)
@@ -51,12 +58,9 @@ async def test_dialling_nobody_raises_in_time(endpoint: str) -> None:
 
 
 async def test_a_cancelled_dial_leaves_nothing(endpoint: str) -> None:
+    known = await left(endpoint)
     transport = Transports()
     try:
-        listener = await transport.listen(endpoint, lambda link: Recorder())
-        known = listener.endpoint
-        await transport.close()
-        transport = Transports()
         for pause in [0.0, 0.001, 0.02, 0.1]:
             dialling = asyncio.create_task(transport.dial(known, Recorder(), timeout=None))
             await asyncio.sleep(pause)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -167,10 +168,29 @@ async def ask(trainer: Trainer, function: str, *args: Any) -> Any:
         return await trainer.remote.call(function, *args)
 
 
-async def test_calls_of_new_contexts_are_held_back_until_a_step_has_ended(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("zmq_autograd.engine.gate.HELD_SECONDS", 3 * DEADLINE)
+@dataclass(frozen=True)
+class Waiting:
+    """A step that waits for a reader's context.
+
+    Attributes:
+        server: where it waits.
+        reader: who holds it up, in this context.
+        new: a trainer that has read nothing yet.
+        ctx: the context that it waits for.
+        loss: what the reader has computed in it.
+        step: it.
+    """
+
+    server: Server
+    reader: Trainer
+    new: Trainer
+    ctx: za.Context
+    loss: Tensor
+    step: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def a_step_that_waits() -> AsyncIterator[Waiting]:
     async with (
         training("reader", "stepper", "new") as (server, (reader, stepper, new)),
         reader.worker.context() as ctx,
@@ -178,32 +198,35 @@ async def test_calls_of_new_contexts_are_held_back_until_a_step_has_ended(
         loss = await reader.loss()
         step = apart(stepper.train(1))
         assert await is_waiting(server.worker, step)
+        yield Waiting(server, reader, new, ctx, loss, step)
+
+
+async def test_calls_of_new_contexts_are_held_back_until_a_step_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zmq_autograd.engine.gate.HELD_SECONDS", 3 * DEADLINE)
+    async with a_step_that_waits() as waiting:
+        server, reader, new = waiting.server, waiting.reader, waiting.new
         before = server.value()
         call = apart(ask(new, "value"))
         assert await are_held(server.worker, call)
         # Who reads already may need a call for just what the step waits for.
         await reader.remote.call("frozen", torch.ones(1), timeout=DEADLINE)
         assert not call.done()
-        await ctx.backward(loss)
+        await waiting.ctx.backward(waiting.loss)
         assert not torch.equal(await asyncio.wait_for(call, DEADLINE), before)
-        await step
+        await waiting.step
 
 
 async def test_calls_of_new_contexts_are_never_held_back_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("zmq_autograd.engine.gate.HELD_SECONDS", 0.05)
-    async with (
-        training("reader", "stepper", "new") as (server, (reader, stepper, new)),
-        reader.worker.context() as ctx,
-    ):
-        loss = await reader.loss()
-        step = apart(stepper.train(1))
-        assert await is_waiting(server.worker, step)
-        await asyncio.wait_for(apart(ask(new, "frozen", torch.ones(1))), DEADLINE)
-        assert not step.done()
-        await ctx.backward(loss)
-        await asyncio.wait_for(step, DEADLINE)
+    async with a_step_that_waits() as waiting:
+        await asyncio.wait_for(apart(ask(waiting.new, "frozen", torch.ones(1))), DEADLINE)
+        assert not waiting.step.done()
+        await waiting.ctx.backward(waiting.loss)
+        await asyncio.wait_for(waiting.step, DEADLINE)
 
 
 async def test_a_step_that_does_not_get_its_turn_has_not_been_applied() -> None:

@@ -18,6 +18,19 @@ from zmq_autograd.wire.messages import Status
 pytestmark = pytest.mark.timeout(30)
 
 
+class Slow:
+    """A function that has started, and ends when its gate is open."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def slow(self) -> str:
+        self.started.set()
+        await self.gate.wait()
+        return "done"
+
+
 # --- leaving -------------------------------------------------------------------------------------
 
 
@@ -30,22 +43,15 @@ async def test_closing_twice_or_before_the_start_is_nothing(pair: Pair) -> None:
 
 async def test_whoever_closes_at_the_same_time_waits_too() -> None:
     async with connected() as pair:
-        gate = asyncio.Event()
-        started = asyncio.Event()
-
-        @pair.bob.register
-        async def slow() -> str:
-            started.set()
-            await gate.wait()
-            return "done"
-
+        slow = Slow()
+        pair.bob.register(slow.slow)
         calling = asyncio.create_task(pair.remote_bob.call("slow"))
-        await started.wait()
+        await slow.started.wait()
         closings = [asyncio.create_task(pair.bob.close()) for _ in range(3)]
         with pytest.raises(za.WorkerLost):
             await asyncio.wait_for(ask_until_refused(pair.remote_bob), DEADLINE)
         assert not any(closing.done() for closing in closings)
-        gate.set()
+        slow.gate.set()
         assert await calling == "done"
         await asyncio.gather(*closings)
 
@@ -188,23 +194,16 @@ async def test_a_handler_may_close_its_own_worker(pair: Pair) -> None:
 
 
 async def test_a_close_that_is_cancelled_can_be_finished(pair: Pair) -> None:
-    gate = asyncio.Event()
-    started = asyncio.Event()
-
-    @pair.bob.register
-    async def slow() -> str:
-        started.set()
-        await gate.wait()
-        return "done"
-
+    slow = Slow()
+    pair.bob.register(slow.slow)
     calling = asyncio.create_task(pair.remote_bob.call("slow"))
-    await started.wait()
+    await slow.started.wait()
     closing = asyncio.create_task(pair.bob.close())
     await asyncio.sleep(0)
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
-    gate.set()
+    slow.gate.set()
     await pair.bob.close()
     assert await calling == "done"
     assert pair.bob.endpoints == []
